@@ -1,0 +1,66 @@
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.installed
+# the environment's own tools first; one thread for each of two workers; no window for plots
+RUN := PATH="$(BIN):$$PATH"
+TEST := $(RUN) OMP_NUM_THREADS=1 MPLBACKEND=Agg
+# checksums of everything that export, clean and readme may write
+SUMS := find nbs histodiffusion README.md figures/readme -type f ! -name '*.pyc' ! -name '.*' ! -path '*/.ipynb_checkpoints/*' \
+	-exec cksum {} + 2>/dev/null | sort -k 3
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test lab export readme check clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP)  ## make the environment in VENV (.venv) and install the project into it
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "HistoDiffusion needs Python 3.10 or newer: name one with 'make setup PYTHON=/path/to/python3'."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# the exact versions in constraints.txt need Python 3.11; 3.10 takes the open ranges of pyproject.toml
+	$(BIN)/python -m pip install -q --disable-pip-version-check \
+		$$($(BIN)/python -c 'import sys; print("-c constraints.txt" * (sys.version_info >= (3, 11)))') -e ".[dev]"
+	@$(BIN)/python histodiffusion/_torchvision.py install
+	@touch $@
+
+reproduce: setup  ## regenerate tables and figures; PROFILE=, DATASET=, CORES= and ARGS= are passed on
+	$(RUN) histodiffusion reproduce $(strip $(if $(PROFILE),--profile $(PROFILE)) \
+		$(if $(DATASET),--dataset $(DATASET)) $(if $(CORES),--cores $(CORES)) $(ARGS))
+
+test: setup  ## run the library notebooks, then the tests; PYTEST_ARGS= is passed on
+	@status=0; start=$$(date +%s); \
+	$(TEST) nbdev-test nbs/library --n-workers 2 || status=1; \
+	echo "nbdev-test: $$(test $$status = 0 && echo passed || echo FAILED, see above), $$(($$(date +%s) - start)) s"; \
+	$(TEST) pytest -n 2 tests $(PYTEST_ARGS) || status=1; \
+	exit $$status
+
+lab: setup  ## open the notebooks in JupyterLab
+	$(RUN) jupyter lab nbs
+
+export: setup  ## write modules from notebooks, clean the notebooks, write README.md
+	$(RUN) nbdev-export
+	$(RUN) nbdev-clean
+	@$(MAKE) --no-print-directory readme
+
+readme: setup  ## write README.md from nbs/index.ipynb
+	$(RUN) python docs/readme.py
+
+check: setup  ## check that notebooks, modules and README.md agree, and run ruff
+	@before=$$(mktemp); after=$$(mktemp); trap 'rm -f "$$before" "$$after"' EXIT; \
+	$(SUMS) > "$$before"; \
+	$(MAKE) --no-print-directory export || exit 1; \
+	$(SUMS) > "$$after"; \
+	if cmp -s "$$before" "$$after"; then echo "notebooks, modules and README.md agree"; else \
+		echo "these files were not up to date, and were rewritten (run 'make export' before you commit):"; \
+		sort "$$before" "$$after" | uniq -u | awk '{ print "  " $$3 }' | sort -u; exit 1; fi
+	$(RUN) ruff check
+
+clean:  ## remove build products and caches; the environment, data and results stay
+	rm -rf build dist *.egg-info _proc _site .pytest_cache .ruff_cache .hypothesis
+	find nbs histodiffusion tests docs \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} + \
+		2>/dev/null || true
