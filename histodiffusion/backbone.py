@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BackboneConfig', 'build_backbone', 'augment_d4', 'rand_augment', 'train_backbone', 'predict', 'backbone_features']
 
-# %% ../nbs/library/10_backbone.ipynb #86cfdaaa
+# %% ../nbs/library/10_backbone.ipynb #cc09029d
 import contextlib, random
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from .core import HistoDiffusionError, derive_seed, get_device, progress
 from .datasets import images_to_tensor
 from .training import FitConfig, fit
 
-# %% ../nbs/library/10_backbone.ipynb #5b149aa9
+# %% ../nbs/library/10_backbone.ipynb #2cbe3aaa
 @dataclass(frozen=True)
 class BackboneConfig:
     "All knobs of the downstream classifier."
@@ -46,7 +46,7 @@ def build_backbone(
         raise HistoDiffusionError(f"Unknown backbone '{name}': use a name of timm.list_models(), such as resnet10t.")
     return timm.create_model(name, num_classes=n_classes, in_chans=channels)
 
-# %% ../nbs/library/10_backbone.ipynb #17d79d48
+# %% ../nbs/library/10_backbone.ipynb #af5456f3
 def augment_d4(
     x:torch.Tensor, # (N, C, S, S) square patches
     generator:torch.Generator, # where chance comes from, on the CPU
@@ -61,7 +61,7 @@ def augment_d4(
         out[move == m] = part.flip(-1) if m >= 4 else part
     return out
 
-# %% ../nbs/library/10_backbone.ipynb #079c9738
+# %% ../nbs/library/10_backbone.ipynb #3bc24c82
 @contextlib.contextmanager
 def _global_chance(generator):
     "Seed Python's and NumPy's global generators from a generator, for the length of the block."
@@ -81,12 +81,14 @@ def rand_augment(
 ) -> np.ndarray: # (N, H, W, C) uint8
     "RandAugment; what moves in from outside is the patch set's mean grey or colour."
     fill = tuple(int(v) for v in images.mean((0, 1, 2)).round())
-    change = rand_augment_transform(recipe, dict(img_mean=fill if len(fill) == 3 else fill[0]))
+    # at magnitude 10 posterising would keep no bit at all: a black patch, or an error from newer Pillow
+    hparams = dict(img_mean=fill if len(fill) == 3 else fill[0], magnitude_max=9.9)
+    change = rand_augment_transform(recipe, hparams)
     with _global_chance(generator):
         out = [np.asarray(change(Image.fromarray(im if im.shape[-1] == 3 else im[..., 0]))) for im in images]
     return np.stack(out).reshape(images.shape)
 
-# %% ../nbs/library/10_backbone.ipynb #4eb33123
+# %% ../nbs/library/10_backbone.ipynb #b729ac2c
 class _Pool:
     "Patches with labels, drawn with classes balanced, augmented, with soft targets."
     def __init__(self, images, labels, n_classes, config):
@@ -114,7 +116,7 @@ class _Pool:
         else: y = torch.nn.functional.one_hot(y, self.n_classes)*(1 - c.label_smoothing) + c.label_smoothing/self.n_classes
         return x.to(self.device), y.to(self.device)
 
-# %% ../nbs/library/10_backbone.ipynb #9b5d09b4
+# %% ../nbs/library/10_backbone.ipynb #192b85c6
 def _check_patches(images, labels, n_classes, what):
     "Patches and labels that fit each other."
     images, labels = np.asarray(images), np.asarray(labels, dtype=np.int64)
@@ -136,7 +138,7 @@ def _pooled(images, labels, n_classes, extra_images, extra_labels):
         raise HistoDiffusionError(f"Extra patches are {extra.shape[1:]} and real ones {images.shape[1:]}: make them at one size and colour.")
     return np.concatenate([images, extra]), np.concatenate([labels, more])
 
-# %% ../nbs/library/10_backbone.ipynb #1b25b119
+# %% ../nbs/library/10_backbone.ipynb #1813654f
 def train_backbone(
     images:np.ndarray, # (N, H, W, C) uint8 real labelled patches
     labels:np.ndarray, # (N,) their classes, 0..K-1
@@ -160,7 +162,7 @@ def train_backbone(
     fitted.model.history = fitted.history
     return fitted.model
 
-# %% ../nbs/library/10_backbone.ipynb #6299c2f8
+# %% ../nbs/library/10_backbone.ipynb #3858fb91
 @torch.no_grad()
 def _in_batches(model, images, compute, batch_size, desc):
     "What `compute` gives for each patch, in batches, as a float32 array."

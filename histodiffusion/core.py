@@ -7,18 +7,21 @@ __all__ = ['HistoDiffusionError', 'project_root', 'Settings', 'load_settings', '
            'seed_everything', 'keep_freed_memory', 'get_device', 'atomic_path', 'write_text', 'write_json', 'read_json',
            'save_tensors', 'load_tensors', 'progress']
 
-# %% ../nbs/library/00_core.ipynb #93814a2d
+# %% ../nbs/library/00_core.ipynb #fb4e9379
 import configparser, contextlib, ctypes, hashlib, json, os, random, shutil, sys, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-# %% ../nbs/library/00_core.ipynb #670abf36
+# Threads of OpenMP that wait by spinning bring a machine with few, busy cores to a crawl; set before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# %% ../nbs/library/00_core.ipynb #1a97b005
 class HistoDiffusionError(Exception):
     "Something that the user can put right; the message says what was wrong, where, and what to do."
 
-# %% ../nbs/library/00_core.ipynb #2da23bd5
+# %% ../nbs/library/00_core.ipynb #a099764b
 def project_root(
     start=None, # folder to start from; None: the current one
 ) -> Path: # nearest folder upwards with a settings.ini, else `start`
@@ -26,7 +29,7 @@ def project_root(
     start = Path(start or Path.cwd()).resolve()
     return next((p for p in (start, *start.parents) if (p/"settings.ini").is_file()), start)
 
-# %% ../nbs/library/00_core.ipynb #c56b684b
+# %% ../nbs/library/00_core.ipynb #6c799be0
 @dataclass(frozen=True)
 class Settings:
     "What an installation is set to; each value can be overridden by `HISTODIFFUSION_<KEY>`."
@@ -38,7 +41,7 @@ class Settings:
     profile: str # preset of scale
     tracker: str # accelerate's name of an experiment tracker, or 'none'
 
-# %% ../nbs/library/00_core.ipynb #a29fee57
+# %% ../nbs/library/00_core.ipynb #821d0c4d
 _DEFAULTS = dict(data_home="data", data_mirror="", results_path="results", figures_path="figures",
                  profile="smoke", tracker="none")
 
@@ -55,7 +58,7 @@ def load_settings(
     return Settings(root, path("data_home"), path("data_mirror") if value["data_mirror"] else None,
                     path("results_path"), path("figures_path"), value["profile"], value["tracker"])
 
-# %% ../nbs/library/00_core.ipynb #78687dd4
+# %% ../nbs/library/00_core.ipynb #086589ab
 def hash_object(
     obj, # anything that JSON can hold
 ) -> str: # 64 hexadecimal digits
@@ -75,7 +78,7 @@ def derive_seed(
     "A seed from names and numbers, the same on every machine."
     return int(hash_object(list(parts))[:8], 16) % 2**31
 
-# %% ../nbs/library/00_core.ipynb #bf2bcdea
+# %% ../nbs/library/00_core.ipynb #927742f1
 def seed_everything(
     seed:int, # any integer >= 0
 ):
@@ -85,7 +88,7 @@ def seed_everything(
     np.random.seed(seed % 2**32)  # noqa: NPY002 - third-party augmentations draw from the global generator
     torch.manual_seed(seed)
 
-# %% ../nbs/library/00_core.ipynb #50b611b1
+# %% ../nbs/library/00_core.ipynb #bdfb6b07
 def keep_freed_memory() -> bool: # whether the C library took the advice
     "Let glibc keep freed memory for the next training step, instead of returning it to the system."
     try: libc = ctypes.CDLL("libc.so.6")
@@ -98,7 +101,7 @@ def get_device(): # torch.device
     keep_freed_memory()
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/library/00_core.ipynb #16e5f391
+# %% ../nbs/library/00_core.ipynb #a8e9e957
 @contextlib.contextmanager
 def atomic_path(
     path, # the file or folder to write
@@ -113,7 +116,7 @@ def atomic_path(
         os.replace(holder/path.name, path)
     finally: shutil.rmtree(holder, ignore_errors=True)
 
-# %% ../nbs/library/00_core.ipynb #8d4f8e57
+# %% ../nbs/library/00_core.ipynb #c3291db0
 def write_text(
     path, # file to write
     text:str, # its content
@@ -136,7 +139,7 @@ def read_json(
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as e: raise HistoDiffusionError(f"{path} is not readable JSON ({e}): delete it and run again.") from e
 
-# %% ../nbs/library/00_core.ipynb #bda50137
+# %% ../nbs/library/00_core.ipynb #5c79f72f
 def save_tensors(
     path, # .safetensors file
     tensors:dict, # name -> torch tensor or numpy array
@@ -159,7 +162,7 @@ def load_tensors(
     except (SafetensorError, OSError) as e:
         raise HistoDiffusionError(f"{path} cannot be read ({e}): delete it and run its stage again.") from e
 
-# %% ../nbs/library/00_core.ipynb #5b2c9f50
+# %% ../nbs/library/00_core.ipynb #e447bdac
 class _Lines:
     "A file for tqdm that ends each refresh with a new line, for logs."
     def write(self, s):

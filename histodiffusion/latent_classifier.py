@@ -6,7 +6,7 @@
 __all__ = ['AttentionPool', 'LatentClassifier', 'classifier_from_unet', 'd4_images', 'LabelledLatents', 'ClassifierLoss',
            'train_latent_classifier', 'accuracy_by_noise']
 
-# %% ../nbs/library/06_latent_classifier.ipynb #793cc0df
+# %% ../nbs/library/06_latent_classifier.ipynb #185be67a
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from .core import HistoDiffusionError, get_device
 from .diffusion import build_unet, noise_schedule
 from .training import Fit, FitConfig, fit
 
-# %% ../nbs/library/06_latent_classifier.ipynb #59d03e03
+# %% ../nbs/library/06_latent_classifier.ipynb #f9ddc154
 class AttentionPool(nn.Module):
     "One query, the mean of all places, attends to them."
     def __init__(self,
@@ -36,7 +36,7 @@ class AttentionPool(nn.Module):
         query = tokens.mean(1, keepdim=True)
         return (query + self.attend(query, tokens, tokens, need_weights=False)[0])[:, 0]
 
-# %% ../nbs/library/06_latent_classifier.ipynb #f9a3e9fa
+# %% ../nbs/library/06_latent_classifier.ipynb #910df56a
 class LatentClassifier(ModelMixin, ConfigMixin):
     "Class logits of a noisy latent at time t; saved and loaded like any diffusers model."
     @register_to_config
@@ -53,7 +53,7 @@ class LatentClassifier(ModelMixin, ConfigMixin):
         body = build_unet(sample_size, in_channels, tuple(widths), layers, tuple(attention))
         self.conv_in, self.time_proj, self.time_embedding = body.conv_in, body.time_proj, body.time_embedding
         self.down_blocks, self.mid_block = body.down_blocks, body.mid_block
-        self.pool, self.dropout = AttentionPool(widths[-1]), nn.Dropout(dropout)
+        self.pool, self.drop = AttentionPool(widths[-1]), nn.Dropout(dropout)
         self.head = nn.Linear(widths[-1], n_classes)
 
     def forward(self,
@@ -64,9 +64,9 @@ class LatentClassifier(ModelMixin, ConfigMixin):
         emb = self.time_embedding(self.time_proj(t).to(z.dtype))
         x = self.conv_in(z)
         for block in self.down_blocks: x, _ = block(hidden_states=x, temb=emb)
-        return self.head(self.dropout(self.pool(self.mid_block(x, emb))))
+        return self.head(self.drop(self.pool(self.mid_block(x, emb))))
 
-# %% ../nbs/library/06_latent_classifier.ipynb #7c5db73f
+# %% ../nbs/library/06_latent_classifier.ipynb #029cea49
 def classifier_from_unet(
     unet:UNet2DModel, # pre-trained U-Net
     n_classes:int, # K
@@ -79,7 +79,7 @@ def classifier_from_unet(
     model.load_state_dict(shared, strict=False)
     return model
 
-# %% ../nbs/library/06_latent_classifier.ipynb #46509d06
+# %% ../nbs/library/06_latent_classifier.ipynb #e92fff2b
 def d4_images(
     images:np.ndarray, # (N, H, H, C) uint8
 ) -> np.ndarray: # (8 N, H, H, C); the N originals, then each next symmetry of all N
@@ -108,7 +108,7 @@ class LabelledLatents:
 
     def __call__(self, n, generator): return self.draw(n, generator)[0]
 
-# %% ../nbs/library/06_latent_classifier.ipynb #87523815
+# %% ../nbs/library/06_latent_classifier.ipynb #ee8de721
 class ClassifierLoss:
     "Cross-entropy of the class of a noised latent."
     def __init__(self,
@@ -143,7 +143,7 @@ def train_latent_classifier(
     loss = ClassifierLoss(latents, schedule or noise_schedule(), batch, mode)
     return fit(model, loss, config or FitConfig(steps=500, learning_rate=5e-4, weight_decay=.05), folder, "latent classifier")
 
-# %% ../nbs/library/06_latent_classifier.ipynb #b5a088ad
+# %% ../nbs/library/06_latent_classifier.ipynb #82789a0b
 @torch.no_grad()
 def accuracy_by_noise(
     model:LatentClassifier,

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PROFILES', 'DataKnobs', 'PriorKnobs', 'TargetKnobs', 'Profile', 'get_profile', 'parse_override']
 
-# %% ../nbs/library/13_profiles.ipynb #5405dacb
-from dataclasses import asdict, dataclass, field, fields, replace
+# %% ../nbs/library/13_profiles.ipynb #48d88b1b
+from dataclasses import asdict, dataclass, field, replace
 
 from .core import HistoDiffusionError
 
-# %% ../nbs/library/13_profiles.ipynb #bcfc476f
+# %% ../nbs/library/13_profiles.ipynb #d08e21ce
 @dataclass(frozen=True)
 class DataKnobs:
     "What is read and at which size."
@@ -40,7 +40,7 @@ class PriorKnobs:
     diffusion_batch: int = 64 # latents per step
     diffusion_lr: float = 1e-3 # peak learning rate
 
-# %% ../nbs/library/13_profiles.ipynb #dc88477d
+# %% ../nbs/library/13_profiles.ipynb #609da8cf
 @dataclass(frozen=True)
 class TargetKnobs:
     "Adaptation to the labelled set, sampling, selection and the backbone."
@@ -64,22 +64,22 @@ class TargetKnobs:
     ratio: float = 1. # synthetic over real labelled patches, > 0
     precision: str = "no" # 'no' (fp32), 'bf16' or 'fp16'
 
-# %% ../nbs/library/13_profiles.ipynb #d3a6cf18
+# %% ../nbs/library/13_profiles.ipynb #ee5006cb
 @dataclass(frozen=True)
 class Profile(TargetKnobs, PriorKnobs, DataKnobs):
     "All knobs of a run."
     name: str = "smoke" # preset it started from
     description: str = "the whole chain in minutes on two cores; its numbers mean little" # one line for people
-    tried: bool = True # whether the preset has been run as it stands
+    tried: bool = False # whether the preset has been run as it stands
     expected: dict|None = field(default=None, hash=False) # metric -> value that it should reach; None: not known
 
     def knobs(self): return {k: v for k, v in asdict(self).items() if k not in _LABELS}
 
 _LABELS = ("name", "description", "tried", "expected")
 
-# %% ../nbs/library/13_profiles.ipynb #e14c5b82
+# %% ../nbs/library/13_profiles.ipynb #d895942e
 _SMALL = dict(
-    name="small", description="headline numbers on two cores, overnight", tried=False,
+    name="small", description="headline numbers on two cores, overnight",
     pretrain_patches=60_000, label_fraction=.05, seeds=(0, 1, 2),
     autoencoder_channels=(16, 64, 128), autoencoder_steps=4000, autoencoder_lr=1e-3,
     unet_channels=(64, 128, 256), unet_attention=(False, True, True), diffusion_steps=12_000, diffusion_lr=5e-4,
@@ -92,7 +92,7 @@ _GPU = _SMALL | dict(
     classifier_steps=3000, classifier_batch=128, sampler_steps=50, samples_per_class=600,
     backbone="resnet18", backbone_steps=3000, backbone_batch=128, backbone_lr=1e-3, precision="bf16")
 
-# %% ../nbs/library/13_profiles.ipynb #099928b3
+# %% ../nbs/library/13_profiles.ipynb #49d30518
 _PAPER = _GPU | dict(
     name="paper", description="the reference's published sizes, several GPU days; untried",
     image_size=256, pretrain_patches=1_000_000, autoencoder_channels=(128, 256, 512), latent_channels=3,
@@ -104,9 +104,9 @@ _PAPER = _GPU | dict(
 
 PROFILES: dict[str, Profile] = {p.name: p for p in (Profile(), *(Profile(**k) for k in (_SMALL, _GPU, _PAPER)))}
 
-# %% ../nbs/library/13_profiles.ipynb #8a7b1c79
-_CHOICES = dict(prediction=("epsilon", "v_prediction"), classifier_mode=("noise_aware", "clean"), precision=("no", "bf16", "fp16"),
-                selection_rule=("centroid", "confidence", "both", "random"))
+# %% ../nbs/library/13_profiles.ipynb #ef58783a
+_CHOICES = dict(prediction=("epsilon", "v_prediction"), classifier_mode=("noise_aware", "clean"),
+                precision=("no", "bf16", "fp16"), selection_rule=("centroid", "confidence", "both", "random"))
 
 def _as_type(name, value, like):
     "A value in the type of the one that it replaces."
@@ -120,11 +120,12 @@ def _as_type(name, value, like):
         raise HistoDiffusionError(f"{name} is '{value}': use one of {', '.join(_CHOICES[name])}.")
     return value
 
-# %% ../nbs/library/13_profiles.ipynb #63af6737
+# %% ../nbs/library/13_profiles.ipynb #9ac7802c
 def _check(p):
     "Refuse values that no run can use."
     downs = len(p.autoencoder_channels) + len(p.unet_channels) - 2
-    zero = ("perceptual_weight", "kl_weight", "min_snr_gamma", "finetune_steps", "eta", "guidance_scale", "selection_threshold")
+    zero = ("perceptual_weight", "kl_weight", "min_snr_gamma", "finetune_steps", "eta", "guidance_scale",
+            "selection_threshold")
     low = [k for k, v in p.knobs().items() if type(v) in (int, float) and (v < 0 or v == 0 and k not in zero)]
     problems = {
         f"{', '.join(low)} must be greater than 0": low,
@@ -132,7 +133,7 @@ def _check(p):
         "selection_threshold must be at most 1": p.selection_threshold > 1,
         "seeds must name one or more different whole numbers >= 0":
             not p.seeds or len(set(p.seeds)) < len(p.seeds) or min(p.seeds) < 0,
-        "autoencoder_channels and unet_channels need one level or more": not (p.autoencoder_channels and p.unet_channels),
+        "autoencoder_channels and unet_channels need a level or more": not (p.autoencoder_channels and p.unet_channels),
         "unet_attention needs one value for each level of unet_channels": len(p.unet_attention) != len(p.unet_channels),
         "autoencoder_crop must be at most image_size": p.autoencoder_crop > p.image_size,
         f"image_size must be a multiple of {2**max(downs, 0)}, since the networks halve it {downs} times":
@@ -141,7 +142,7 @@ def _check(p):
         if wrong: raise HistoDiffusionError(f"Profile '{p.name}' cannot run: {sentence}.")
     return p
 
-# %% ../nbs/library/13_profiles.ipynb #09532613
+# %% ../nbs/library/13_profiles.ipynb #fde018a3
 def get_profile(
     name:str="smoke", # smoke, small, gpu or paper
     **overrides, # knobs to change, by name
@@ -156,7 +157,7 @@ def get_profile(
     changed = {k: _as_type(k, v, knobs[k]) for k, v in overrides.items()}
     return _check(replace(p, **changed))
 
-# %% ../nbs/library/13_profiles.ipynb #1b345cf7
+# %% ../nbs/library/13_profiles.ipynb #6b4f3379
 def parse_override(
     text:str, # 'KEY=VALUE'; a list is written with commas
 ) -> tuple: # field name and typed value
@@ -173,5 +174,6 @@ def parse_override(
     read = {"true": True, "false": False, "1": True, "0": False}.__getitem__ if kind is bool else kind
     try: typed = tuple(read(v.lower() if kind is bool else v) for v in parts)
     except (ValueError, KeyError):
-        raise HistoDiffusionError(f"{name}={value} cannot be read as {kind.__name__}: give a value like {like!r}.") from None
+        raise HistoDiffusionError(f"{name}={value} cannot be read as {kind.__name__}: "
+                                  f"give a value like {like!r}.") from None
     return name, (typed if isinstance(like, tuple) else typed[0])

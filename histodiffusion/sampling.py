@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULERS', 'make_scheduler', 'class_gradient', 'guided_noise', 'guided_sample', 'synthesize_patches',
            'save_pipeline', 'load_pipeline']
 
-# %% ../nbs/library/07_sampling.ipynb #5e369f9d
+# %% ../nbs/library/07_sampling.ipynb #78adb8e2
 import inspect
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .core import HistoDiffusionError, derive_seed, get_device, progress
 from .diffusion import noise_schedule
 from .latent_classifier import LatentClassifier
 
-# %% ../nbs/library/07_sampling.ipynb #0cc3fb41
+# %% ../nbs/library/07_sampling.ipynb #0ab96446
 SCHEDULERS = dict(ddim="DDIMScheduler", ddpm="DDPMScheduler", dpmpp="DPMSolverMultistepScheduler",
                   unipc="UniPCMultistepScheduler", euler="EulerDiscreteScheduler", heun="HeunDiscreteScheduler")
 
@@ -32,7 +32,7 @@ def make_scheduler(
     if name not in SCHEDULERS: raise HistoDiffusionError(f"Unknown scheduler '{name}': use one of {', '.join(SCHEDULERS)}.")
     return getattr(diffusers, SCHEDULERS[name]).from_config(config or noise_schedule().config, timestep_spacing="trailing")
 
-# %% ../nbs/library/07_sampling.ipynb #1f530ab8
+# %% ../nbs/library/07_sampling.ipynb #b96beba7
 def class_gradient(
     classifier, # (z, t) -> (B, K) logits
     z:torch.Tensor, # (B, C, h, w) noisy latents, variance preserving
@@ -45,7 +45,7 @@ def class_gradient(
         log_p = classifier(z, t).float().log_softmax(1).gather(1, labels[:, None])[:, 0]
         return torch.autograd.grad(log_p.sum(), z)[0], log_p.detach().exp()
 
-# %% ../nbs/library/07_sampling.ipynb #5e60605d
+# %% ../nbs/library/07_sampling.ipynb #1e520b70
 def guided_noise(
     prediction:torch.Tensor, # (B, C, h, w) the network's ε or v
     gradient:torch.Tensor, # (B, C, h, w) of log p(y | z_t, t)
@@ -57,7 +57,7 @@ def guided_noise(
     shift = scale*(1 - alpha_bar)**.5*gradient
     return prediction - (shift if prediction_type == "epsilon" else shift/alpha_bar**.5)
 
-# %% ../nbs/library/07_sampling.ipynb #b7123665
+# %% ../nbs/library/07_sampling.ipynb #c57ee934
 def _alpha_bar(scheduler, t):
     "ᾱ at a (possibly fractional) time."
     a = scheduler.alphas_cumprod
@@ -95,7 +95,7 @@ def guided_sample(
         if callback: callback(i, t, z, p)
     return z.cpu()
 
-# %% ../nbs/library/07_sampling.ipynb #9149cb07
+# %% ../nbs/library/07_sampling.ipynb #bb19a1ff
 def synthesize_patches(
     unet:UNet2DModel,
     autoencoder:AutoencoderKL,
@@ -122,7 +122,7 @@ def synthesize_patches(
     latents = torch.cat(latents)
     return decode_latents(autoencoder, latents), torch.cat(confidence).numpy(), latents
 
-# %% ../nbs/library/07_sampling.ipynb #5c5d439d
+# %% ../nbs/library/07_sampling.ipynb #f5b01eb4
 def save_pipeline(
     folder, # where to
     autoencoder:AutoencoderKL,

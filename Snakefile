@@ -1,0 +1,30 @@
+# One rule for each notebook of a run's plan. `histodiffusion reproduce` starts it; by hand:
+#   snakemake --cores 2 --rerun-triggers mtime params --config profile=smoke dataset=phantom:target
+# A stage's folder is named by a hash of everything that it depends on, so a changed parameter makes new targets.
+
+from histodiffusion.reproduce import plan_from_config, shell_command
+
+JOBS = plan_from_config(config)
+
+
+rule all:
+    input:
+        [output for job in JOBS if job.stage in ("table_1", "figure_2") for output in job.outputs],
+
+
+for job in JOBS:
+
+    rule:
+        name:
+            job.name
+        input:
+            list(job.inputs),
+        output:
+            list(job.outputs),
+        log:
+            job.executed,
+        params:
+            key=job.key,
+        threads: (workflow.cores or 1) if job.alone else 1
+        shell:
+            shell_command(job)

@@ -1,0 +1,206 @@
+"""The `histodiffusion` command: each stage by itself, or all of them by `reproduce`."""
+
+import argparse
+import os
+import sys
+
+from histodiffusion import __version__
+from histodiffusion.core import HistoDiffusionError, load_settings
+
+COMMANDS = {
+    "reproduce": "make Table 1 and Figure 2, and every stage they need, by executing the notebooks",
+    "data": "show the labelled set, its splits and the pre-training sets ('data list': the known names)",
+    "pretrain": "train autoencoder and diffusion prior on unlabelled patches",
+    "adapt": "fine-tune the prior and train the latent classifier on the few labelled patches",
+    "synthesize": "sample patches class by class with classifier guidance",
+    "select": "keep the synthetic patches that match their class",
+    "augment": "train the backbone on real + synthetic patches and measure it on test patches",
+    "evaluate": "put all seeds together: Table 1 and Figure 2",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    "Says what is wrong in one sentence."
+
+    def error(self, message):
+        raise HistoDiffusionError(f"{message[:1].upper()}{message[1:]}: see '{self.prog} --help'.")
+
+
+def whole_numbers(text: str) -> list[int]:
+    "Read '0', '0,1' or '0,1,2'."
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of whole numbers such as 0,1,2") from None
+
+
+def stage_names(command: str) -> list[str]:
+    "The stages that a command stands for."
+    from histodiffusion.runs import STAGES
+
+    return [s.name for s in STAGES.values() if s.command == command or command == "reproduce"]
+
+
+def explain(command: str) -> str:
+    "What the stages of a command do, read and write."
+    from histodiffusion.runs import STAGES
+
+    lines = []
+    for name in stage_names(command):
+        stage = STAGES[name]
+        where = {"artefacts": f"results/artefacts/{name}-<key>/", "results": "results/<profile>/<data set>/"}
+        reads = ", ".join(stage.upstream) or {"pretraining": "the pre-training sets", "target": "the labelled set"}[stage.data]
+        place = where.get(stage.place, "figures/<profile>/<data set>/")
+        lines += [f"{name}{', for each seed' if stage.per_seed else ''}: {stage.what}",
+                  f"    reads   {reads}", f"    writes  {stage.writes}, in {place}"]  # fmt: skip
+    return "\n".join(["stages (missing ones before them are made first; finished ones are kept):", *lines])
+
+
+def build_parser() -> Parser:
+    "The command line."
+    from histodiffusion.profiles import PROFILES
+
+    parser = Parser(prog="histodiffusion", description="Latent diffusion for few-label histology classification.")
+    parser.add_argument("--version", action="version", version=f"histodiffusion {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    presets = "; ".join(f"{name}: {p.description}" for name, p in PROFILES.items())
+    for name, text in COMMANDS.items():
+        p = commands.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.", epilog=explain(name),
+                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        if name == "data":
+            p.add_argument("action", nargs="?", choices=["show", "list"], default="show", help="'list': the known names")
+        p.add_argument("--profile", help=f"preset of scale (default: the one in settings.ini); {presets}")
+        p.add_argument("--dataset", default="phantom:target", help="labelled set: phantom:LABORATORY[:N[:SEED]], "
+                       "folder:PATH with class/image below, or a name of 'data list' (default: %(default)s)")  # fmt: skip
+        p.add_argument("--pretrain-sets", nargs="+", metavar="SET", help="unlabelled sets to learn from (default: "
+                       "those that suit the target)")  # fmt: skip
+        p.add_argument("--label-fraction", type=float, metavar="F", help="share of the training labels that is known, "
+                       "0 < F <= 1 (default: the profile's)")  # fmt: skip
+        p.add_argument("--seed", "--seeds", dest="seeds", nargs="+", type=whole_numbers, metavar="N",
+                       help="repeats, such as 0,1,2 (default: the profile's)")  # fmt: skip
+        p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a knob of the profile; "
+                       "may be repeated, lists are written with commas")  # fmt: skip
+        p.add_argument("--dry-run", action="store_true", help="only say what would be made, and estimate time and disk")
+        p.add_argument("--skip-corrupt", action="store_true", help="name corrupt images and leave them out, instead "
+                       "of stopping")  # fmt: skip
+        p.add_argument("--force", action="store_true", help="make this command's stages anew, and what follows from them")
+        if name == "reproduce":
+            p.add_argument("--cores", type=int, metavar="N", help="processor cores to use (default: all)")
+    return parser
+
+
+def make_run(args):
+    "The run that the options describe."
+    from histodiffusion.profiles import parse_override
+    from histodiffusion.runs import Run
+
+    overrides = dict(parse_override(text) for text in args.set)
+    if args.seeds:
+        overrides["seeds"] = [n for numbers in args.seeds for n in numbers]
+    fraction = overrides.pop("label_fraction", None) if args.label_fraction is None else args.label_fraction
+    run = Run(args.profile, args.dataset, args.pretrain_sets, fraction, 0, overrides, args.skip_corrupt)
+    if getattr(args, "cores", None) is not None and args.cores < 1:
+        raise HistoDiffusionError(f"--cores is {args.cores}: give a whole number of 1 or more.")
+    return run.with_seed(run.knobs.seeds[0])
+
+
+def run_stages(run, command: str, force: bool) -> None:
+    "Make the stages of a command, and those that they need."
+    from histodiffusion.reproduce import duration, plan
+    from histodiffusion.runs import STAGES, Run, forget, read_json
+
+    names = stage_names(command)
+    if force:
+        for name in names:
+            for seed in run.knobs.seeds if STAGES[name].per_seed else (run.seed,):
+                forget(run.with_seed(seed), name)
+    for job in plan(run, targets=names):
+        this, seed = Run(**job.parameters), job.parameters["seed"]
+        title = f"[{job.place}] {STAGES[job.stage].what}" + (f", seed {seed}" if STAGES[job.stage].per_seed else "")
+        if not this.done(job.stage):
+            print(title, flush=True)
+            import histodiffusion.stages as stages  # imports torch
+
+            getattr(stages, job.stage)(this)
+        record = read_json(load_settings().root / job.outputs[0])
+        print(f"{title}: {'done before' if job.done else 'done'} in {duration(record['seconds'])}")
+        print(f"    {load_settings().root / job.outputs[-1]}" if job.outputs[1:] else f"    {this.folder(job.stage)}")
+
+
+def list_data() -> None:
+    "Print the names of all data sets."
+    from histodiffusion.datasets import REGISTRY
+    from histodiffusion.phantom import LABORATORIES
+
+    mirror = load_settings().data_mirror
+    for name in LABORATORIES:
+        print(f"phantom:{name:<18} here     procedural tissue, nine classes, made when needed")
+    for d in REGISTRY.values():
+        here = "here" if mirror and (mirror / d.name).is_dir() else "missing"
+        print(f"{d.name:<26} {here:<8} {d.title}; {'labelled' if d.labelled else 'unlabelled'}; licence: {d.licence}")
+    print(f"{'folder:PATH':<26} yours    class/image below PATH when labelled, any depth otherwise")
+    print(f"mirror: {mirror or 'none; set HISTODIFFUSION_DATA_MIRROR to the folder that holds the missing ones'}")
+
+
+def show_data(run) -> None:
+    "Print splits, class counts and fingerprints."
+    from histodiffusion.datasets import labelled_fraction, load_patches, pool_counts, split_patches
+
+    patches = load_patches(run.dataset, run.knobs.image_size, run.channels, skip_corrupt=run.skip_corrupt)
+    splits = split_patches(patches.keys)
+    train = patches.subset(splits["train"])
+    known = labelled_fraction(train.labels, train.keys, run.label_fraction, run.seed, patches.classes)
+    counts = {name: patches.subset(i).counts() for name, i in splits.items()}
+    counts[f"labels (seed {run.seed})"] = train.subset(known).counts()
+    width = max(map(len, patches.classes)) + 2
+    print(f"{run.dataset}: {len(patches)} patches, {run.knobs.image_size} px, {'grey' if run.channels == 1 else 'colour'}, "
+          f"fingerprint {run.fingerprint(run.dataset)}")  # fmt: skip
+    print(" " * width + "".join(f"{name:>18}" for name in counts))
+    for c in patches.classes:
+        print(f"{c:<{width}}" + "".join(f"{n[c]:>18}" for n in counts.values()))
+    print(f"{'all':<{width}}" + "".join(f"{sum(n.values()):>18}" for n in counts.values()))
+    print("\nunlabelled patches for pre-training")
+    for name, n in pool_counts(run.pretrain_sets, run.knobs.pretrain_patches, run.knobs.image_size).items():
+        print(f"{name:<26}{n:>9}   fingerprint {run.fingerprint(name)}")
+
+
+def run_command(args) -> int:
+    "Do what the options ask for."
+    from histodiffusion.reproduce import describe_plan, reproduce
+
+    if args.command == "data" and args.action == "list":
+        list_data()
+        return 0
+    run = make_run(args)
+    if args.command == "reproduce":
+        return reproduce(run, cores=args.cores, dry_run=args.dry_run, force=args.force)
+    if args.dry_run:
+        print(describe_plan(run, targets=stage_names(args.command)))
+        return 0
+    if args.command == "data":
+        show_data(run)
+    run_stages(run, args.command, args.force)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    "Run a command; exit codes: 0 done, 1 failed, 2 something that the user can put right, 130 interrupted."
+    try:
+        return run_command(build_parser().parse_args(argv))
+    except HistoDiffusionError as e:
+        print(f"histodiffusion: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # such as `histodiffusion data list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as e:
+        where = f" {e.filename}" if e.filename else ""
+        print(f"histodiffusion: {e.strerror or e}{where}: check that the folder can be written.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nhistodiffusion: interrupted; give the same command again, and it goes on where it stopped.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
