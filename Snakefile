@@ -2,9 +2,10 @@
 #   snakemake --cores 2 --rerun-triggers mtime params --config profile=smoke dataset=phantom:target
 # A stage's folder is named by a hash of everything that it depends on, so a changed parameter makes new targets.
 
-from histodiffusion.reproduce import plan_from_config, shell_command
+from histodiffusion.reproduce import job_command, plan_from_config
 
 JOBS = plan_from_config(config)
+COMMAND = job_command(config)
 
 
 rule all:
@@ -27,4 +28,4 @@ for job in JOBS:
             key=job.key,
         threads: (workflow.cores or 1) if job.alone else 1
         shell:
-            shell_command(job)
+            "OMP_NUM_THREADS={threads} {COMMAND} {rule}"

@@ -5,7 +5,7 @@ import os
 import sys
 
 from histodiffusion import __version__
-from histodiffusion.core import HistoDiffusionError, load_settings
+from histodiffusion.core import HistoDiffusionError, load_settings, read_json
 
 COMMANDS = {
     "reproduce": "make Table 1 and Figure 2, and every stage they need, by executing the notebooks",
@@ -49,7 +49,8 @@ def explain(command: str) -> str:
     for name in stage_names(command):
         stage = STAGES[name]
         where = {"artefacts": f"results/artefacts/{name}-<key>/", "results": "results/<profile>/<data set>/"}
-        reads = ", ".join(stage.upstream) or {"pretraining": "the pre-training sets", "target": "the labelled set"}[stage.data]
+        sets = {"pretraining": "the pre-training sets", "target": "the labelled set"}
+        reads = ", ".join(stage.upstream) or sets[stage.data]
         place = where.get(stage.place, "figures/<profile>/<data set>/")
         lines += [f"{name}{', for each seed' if stage.per_seed else ''}: {stage.what}",
                   f"    reads   {reads}", f"    writes  {stage.writes}, in {place}"]  # fmt: skip
@@ -68,10 +69,10 @@ def build_parser() -> Parser:
         p = commands.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.", epilog=explain(name),
                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
         if name == "data":
-            p.add_argument("action", nargs="?", choices=["show", "list"], default="show", help="'list': the known names")
+            p.add_argument("action", nargs="?", choices=["show", "list"], default="show", help="list: the known names")
         p.add_argument("--profile", help=f"preset of scale (default: the one in settings.ini); {presets}")
         p.add_argument("--dataset", default="phantom:target", help="labelled set: phantom:LABORATORY[:N[:SEED]], "
-                       "folder:PATH with class/image below, or a name of 'data list' (default: %(default)s)")  # fmt: skip
+                       "folder:PATH with class/image below, or a name (see 'data list'; default: phantom:target)")  # fmt: skip
         p.add_argument("--pretrain-sets", nargs="+", metavar="SET", help="unlabelled sets to learn from (default: "
                        "those that suit the target)")  # fmt: skip
         p.add_argument("--label-fraction", type=float, metavar="F", help="share of the training labels that is known, "
@@ -83,7 +84,7 @@ def build_parser() -> Parser:
         p.add_argument("--dry-run", action="store_true", help="only say what would be made, and estimate time and disk")
         p.add_argument("--skip-corrupt", action="store_true", help="name corrupt images and leave them out, instead "
                        "of stopping")  # fmt: skip
-        p.add_argument("--force", action="store_true", help="make this command's stages anew, and what follows from them")
+        p.add_argument("--force", action="store_true", help="make this command's stages anew, and all that follows")
         if name == "reproduce":
             p.add_argument("--cores", type=int, metavar="N", help="processor cores to use (default: all)")
     return parser
@@ -107,7 +108,7 @@ def make_run(args):
 def run_stages(run, command: str, force: bool) -> None:
     "Make the stages of a command, and those that they need."
     from histodiffusion.reproduce import duration, plan
-    from histodiffusion.runs import STAGES, Run, forget, read_json
+    from histodiffusion.runs import STAGES, Run, forget
 
     names = stage_names(command)
     if force:
@@ -153,7 +154,8 @@ def show_data(run) -> None:
     counts = {name: patches.subset(i).counts() for name, i in splits.items()}
     counts[f"labels (seed {run.seed})"] = train.subset(known).counts()
     width = max(map(len, patches.classes)) + 2
-    print(f"{run.dataset}: {len(patches)} patches, {run.knobs.image_size} px, {'grey' if run.channels == 1 else 'colour'}, "
+    tone = "grey" if run.channels == 1 else "colour"
+    print(f"{run.dataset}: {len(patches)} patches, {run.knobs.image_size} px, {tone}, "
           f"fingerprint {run.fingerprint(run.dataset)}")  # fmt: skip
     print(" " * width + "".join(f"{name:>18}" for name in counts))
     for c in patches.classes:
@@ -198,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"histodiffusion: {e.strerror or e}{where}: check that the folder can be written.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nhistodiffusion: interrupted; give the same command again, and it goes on where it stopped.", file=sys.stderr)
+        print("\nhistodiffusion: interrupted; the same command goes on where this one stopped.", file=sys.stderr)
         return 130
 
 

@@ -6,8 +6,9 @@
 __all__ = ['DPI', 'FULL_WIDTH', 'COLUMN_WIDTH', 'figure_style', 'save_figure', 'montage', 'show_patches', 'figure_2',
            'plot_history', 'plot_gain', 'plot_selection', 'plot_noise_accuracy']
 
-# %% ../nbs/library/12_figures.ipynb #e78e08b0
-import contextlib, textwrap
+# %% ../nbs/library/12_figures.ipynb #bde90153
+import contextlib
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -22,7 +23,7 @@ from .core import HistoDiffusionError, atomic_path
 DPI = 200 # pixels per inch of a saved PNG
 FULL_WIDTH, COLUMN_WIDTH = 7., 4.2 # inches
 
-# %% ../nbs/library/12_figures.ipynb #8215803d
+# %% ../nbs/library/12_figures.ipynb #3db99030
 @contextlib.contextmanager
 def figure_style():
     "The one style of all figures, for the length of the block."
@@ -48,7 +49,7 @@ def save_figure(
         with atomic_path(paths[1]) as p: fig.savefig(p, dpi=DPI, metadata=dict(Software=None))
     return paths
 
-# %% ../nbs/library/12_figures.ipynb #e39177d4
+# %% ../nbs/library/12_figures.ipynb #d3a7b15a
 def montage(
     images, # up to `rows * columns` patches, (N, H, W, C) uint8, C 1 or 3
     columns:int, # patches per row, >= 1
@@ -77,7 +78,7 @@ def _place(fig, picture, x, y):
     ax.imshow(picture, interpolation="none", aspect="auto")
     ax.set_axis_off()
 
-# %% ../nbs/library/12_figures.ipynb #cf25ba08
+# %% ../nbs/library/12_figures.ipynb #1a4eefa0
 def show_patches(
     images:np.ndarray, # (N, H, W, C) uint8, C 1 or 3
     columns:int=8, # patches per row
@@ -97,18 +98,22 @@ def show_patches(
             fig.text((4 + (i + .5)*(w + 2)/columns)/(w + 8), 1 - 26/(h + top + 4), t, ha="center", fontsize=6)
     return fig
 
-# %% ../nbs/library/12_figures.ipynb #40afec4d
+# %% ../nbs/library/12_figures.ipynb #c0a671ad
 def _block_table(real, synthetic, class_names, n):
     "Title -> class -> up to n patches, with the real ones first."
     blocks = {"Real": real, **synthetic}
     for title, block in blocks.items():
         unknown = [c for c in block if c not in class_names]
-        if unknown: raise HistoDiffusionError(f"'{title}' has patches of '{unknown[0]}', which is not a class: use {', '.join(class_names)}.")
+        if unknown:
+            raise HistoDiffusionError(f"'{title}' has patches of '{unknown[0]}', which is not a class: use "
+                                      f"{', '.join(class_names)}.")
     found = [np.shape(b[c])[1:3] for b in blocks.values() for c in b if len(b[c])]
     if not found: raise HistoDiffusionError("There is no patch for figure 2: run the stages before it.")
-    if len(set(found)) > 1: raise HistoDiffusionError(f"Figure 2 needs patches of one size, not {sorted(set(found))}: resize them first.")
+    if len(set(found)) > 1:
+        raise HistoDiffusionError(f"Figure 2 needs patches of one size, not {sorted(set(found))}: resize them first.")
     return {t: {c: np.asarray(b[c])[:n] if c in b else [] for c in class_names} for t, b in blocks.items()}, found[0]
 
+# %% ../nbs/library/12_figures.ipynb #1b47d45e
 def figure_2(
     real:dict, # class name -> (N, H, W, C) uint8 real patches
     synthetic:dict, # method -> {class name -> (N, H, W, C) uint8 patches}, in the order to show
@@ -118,24 +123,25 @@ def figure_2(
     "Real and synthetic patches side by side: a row for each class, a block for each method."
     blocks, side = _block_table(real, synthetic, class_names, n)
     zoom = max(1, 64//side[0])
-    pictures = [np.concatenate([np.pad(montage(b[c], n, 1, zoom, side=side), ((0, 2), (0, 0), (0, 0)), constant_values=255)
+    line = ((0, 2), (0, 0), (0, 0))  # white pixels below each row
+    pictures = [np.concatenate([np.pad(montage(b[c], n, 1, zoom, side=side), line, constant_values=255)
                                 for c in class_names]) for b in blocks.values()]
     h, w = pictures[0].shape[:2]
     size = 9*max(1., len(blocks)*w/DPI/FULL_WIDTH)  # pt; a wide figure shrinks in print
     titles = [textwrap.fill(t, max(6, int(w/(size*.66*DPI/72)))) for t in blocks]  # as wide as its block
     left, space = int(max(map(len, class_names))*size*.68*DPI/72) + 10, 14
     top = int((.8 + 1.2*max(t.count("\n") + 1 for t in titles))*size*DPI/72)
-    width, height = left + len(blocks)*(w + space), top + h + 2
+    width, height, text = left + len(blocks)*(w + space), top + h + 2, dict(va="center", fontsize=size)
     with figure_style():
         fig = plt.figure(figsize=(width/DPI, height/DPI), layout="none", dpi=80)
         for j, (title, picture) in enumerate(zip(titles, pictures)):
             _place(fig, picture, left + j*(w + space), top)
-            fig.text((left + j*(w + space) + w/2)/width, 1 - top/2/height, title, ha="center", va="center", fontsize=size, weight="bold")
+            fig.text((left + j*(w + space) + w/2)/width, 1 - top/2/height, title, weight="bold", ha="center", **text)
         for i, c in enumerate(class_names):
-            fig.text((left - 8)/width, 1 - (top + (i + .5)*h/len(class_names))/height, c, ha="right", va="center", fontsize=size)
+            fig.text((left - 8)/width, 1 - (top + (i + .5)*h/len(class_names))/height, c, ha="right", **text)
     return fig
 
-# %% ../nbs/library/12_figures.ipynb #61c83902
+# %% ../nbs/library/12_figures.ipynb #2e879e18
 def plot_history(
     history, # rows of `Fit.history`, or a DataFrame of them
     columns=("loss",), # what to plot against step, one panel each
@@ -145,9 +151,12 @@ def plot_history(
     "Training curves: thin as logged, thick as a running median."
     frame, columns = pd.DataFrame(history), (columns,) if isinstance(columns, str) else tuple(columns)
     missing = [c for c in ("step", *columns) if c not in frame]
-    if missing: raise HistoDiffusionError(f"The history has no '{missing[0]}': it holds {', '.join(map(str, frame.columns)) or 'no rows'}.")
+    if missing:
+        raise HistoDiffusionError(f"The history has no '{missing[0]}': it holds "
+                                  f"{', '.join(map(str, frame.columns)) or 'no rows'}.")
     with figure_style():
-        fig, axes = plt.subplots(1, len(columns), figsize=(min(FULL_WIDTH, COLUMN_WIDTH*len(columns)), 2.4), squeeze=False)
+        width = min(FULL_WIDTH, COLUMN_WIDTH*len(columns))
+        fig, axes = plt.subplots(1, len(columns), figsize=(width, 2.4), squeeze=False)
         for ax, c, colour in zip(axes[0], columns, sns.color_palette()):
             ax.plot(frame.step, frame[c], color=colour, alpha=.35, lw=.8)
             smooth = frame[c].rolling(max(1, len(frame)//20), center=True, min_periods=1).median()
@@ -157,7 +166,7 @@ def plot_history(
         fig.suptitle(title, fontsize=9)
     return fig
 
-# %% ../nbs/library/12_figures.ipynb #36ec4dec
+# %% ../nbs/library/12_figures.ipynb #27f2976a
 def _method_names(frame):
     "A name for each row: the method, with its ratio where the method has several."
     several = frame.groupby("method").ratio.transform("nunique") > 1
@@ -167,7 +176,8 @@ def plot_gain(
     table:pd.DataFrame, # table 1, as `metrics.summarise_methods` makes it
 ) -> Figure:
     "Mean gain in accuracy of each method, with its 95 % interval."
-    missing = [c for c in ("method", "ratio", "label_fraction", "gain_mean", "gain_ci_low", "gain_ci_high") if c not in table]
+    needed = ("method", "ratio", "label_fraction", "gain_mean", "gain_ci_low", "gain_ci_high")
+    missing = [c for c in needed if c not in table]
     if missing: raise HistoDiffusionError(f"The table lacks '{missing[0]}': make it with metrics.summarise_methods.")
     frame = table[table.method != "real"].reset_index(drop=True)
     if frame.empty: raise HistoDiffusionError("The table holds no method beside 'real': run one first.")
@@ -175,36 +185,40 @@ def plot_gain(
     rows = list(dict.fromkeys(names))
     with figure_style():
         fig, ax = plt.subplots(figsize=(COLUMN_WIDTH + 1, 1 + .3*len(rows)*max(1, .6*len(fractions))))
-        for j, (fraction, colour, marker) in enumerate(zip(fractions, sns.color_palette(n_colors=len(fractions)), "osD^vPX*"*9)):
+        looks = zip(fractions, sns.color_palette(n_colors=len(fractions)), "osD^vPX*"*9)
+        for j, (fraction, colour, marker) in enumerate(looks):
             part = frame[frame.label_fraction == fraction]
             y = np.array([rows.index(names[i]) for i in part.index]) + (j - (len(fractions) - 1)/2)*.22
             ax.hlines(y, 100*part.gain_ci_low, 100*part.gain_ci_high, color=colour, lw=1.8)
             ax.plot(100*part.gain_mean, y, marker, color=colour, ms=5, ls="none", label=f"{fraction:.3g} of labels")
         ax.axvline(0, color=".3", lw=1, ls="--")
-        ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - .5, -.5), xlabel="gain in accuracy, percentage points")
+        ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - .5, -.5), xlabel="gain in accuracy, "
+                                                                                             "percentage points")
         ax.grid(axis="y", visible=False)
         if len(fractions) > 1: ax.legend()
     return fig
 
-# %% ../nbs/library/12_figures.ipynb #a593c34e
+# %% ../nbs/library/12_figures.ipynb #50683a5d
 def plot_selection(
     report:pd.DataFrame, # of `selection.selection_report`
 ) -> Figure:
     "For each class the patches generated, those that passed each rule, and those kept."
     stages = [c for c in ("generated", "passed_centroid", "passed_confidence", "passed_both", "kept") if c in report]
     if "class" not in report or len(stages) < 2:
-        raise HistoDiffusionError("The report lacks 'class', 'generated' or 'kept': make it with selection.selection_report.")
+        raise HistoDiffusionError("The report lacks 'class', 'generated' or 'kept': make it with "
+                                  "selection.selection_report.")
     long = report.melt("class", stages, "stage", "patches")
     long["stage"] = long.stage.str.replace("passed_", "passed ")
     with figure_style():
         fig, ax = plt.subplots(figsize=(FULL_WIDTH, 2.6))
-        sns.barplot(long, x="class", y="patches", hue="stage", ax=ax, palette=sns.color_palette("cividis_r", len(stages)), saturation=1)
+        shades = sns.color_palette("cividis_r", len(stages))
+        sns.barplot(long, x="class", y="patches", hue="stage", ax=ax, palette=shades, saturation=1)
         ax.set(xlabel="", ylabel="patches")
         ax.legend(title=None, ncols=len(stages), loc="lower center", bbox_to_anchor=(.5, 1))
         if max(map(len, report["class"].astype(str))) > 8: ax.tick_params(axis="x", rotation=30)
     return fig
 
-# %% ../nbs/library/12_figures.ipynb #f4297b8a
+# %% ../nbs/library/12_figures.ipynb #1a448e7e
 def plot_noise_accuracy(
     t, # (n,) time steps, 0 clean to T - 1 noise
     accuracy, # (n,) accuracy in 0..1, or {name: (n,) accuracy}
@@ -213,10 +227,12 @@ def plot_noise_accuracy(
     "Accuracy of latent classifiers at each noise level, against chance."
     curves = accuracy if isinstance(accuracy, dict) else {"": accuracy}
     wrong = [n for n, a in curves.items() if len(a) != len(t)]
-    if wrong: raise HistoDiffusionError(f"{len(curves[wrong[0]])} accuracies for {len(t)} time steps: give one for each.")
+    if wrong:
+        raise HistoDiffusionError(f"{len(curves[wrong[0]])} accuracies for {len(t)} time steps: give one for each.")
     with figure_style():
         fig, ax = plt.subplots(figsize=(COLUMN_WIDTH, 2.6))
-        for (name, a), marker in zip(curves.items(), "osD^vPX*"*9): ax.plot(t, a, marker=marker, ms=4, lw=1.4, label=name or None)
+        for (name, a), marker in zip(curves.items(), "osD^vPX*"*9):
+            ax.plot(t, a, marker=marker, ms=4, lw=1.4, label=name or None)
         ax.axhline(chance, color=".3", lw=1, ls="--")
         ax.annotate("chance", (min(t), chance), (2, -10), textcoords="offset points", fontsize=8, color=".3")
         ax.set(xlabel="time step t (0 clean, right: noise)", ylabel="accuracy", ylim=(0, 1.02))

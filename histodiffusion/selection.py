@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RULES', 'unit_features', 'class_centroids', 'centroid_rule', 'confidence_rule', 'select_patches', 'selection_report']
 
-# %% ../nbs/library/09_selection.ipynb #34f28676
+# %% ../nbs/library/09_selection.ipynb #05909e99
 import numpy as np
 import pandas as pd
 
@@ -13,14 +13,15 @@ from .core import HistoDiffusionError
 
 RULES = ("centroid", "confidence", "both", "random")
 
-# %% ../nbs/library/09_selection.ipynb #d36811bf
+# %% ../nbs/library/09_selection.ipynb #802d75b9
 def unit_features(
     features:np.ndarray, # (N, D) features
 ) -> np.ndarray: # (N, D) float64, each row of length 1
     "Features scaled to length 1."
     f = np.asarray(features, dtype=np.float64)
     if f.ndim != 2 or not np.isfinite(f).all():
-        raise HistoDiffusionError(f"Features must be a finite (N, D) array, and this one is {f.shape}: encode the patches again.")
+        raise HistoDiffusionError(f"Features must be a finite (N, D) array, and this one is {f.shape}: encode the "
+                                  "patches again.")
     return f/np.maximum(np.linalg.norm(f, axis=1, keepdims=True), 1e-12)
 
 def class_centroids(
@@ -30,18 +31,22 @@ def class_centroids(
 ) -> np.ndarray: # (K, D) float64
     "Mean unit feature of each class, from real labelled patches only."
     f, labels = unit_features(features), np.asarray(labels)
-    if len(f) != len(labels): raise HistoDiffusionError(f"{len(f)} features but {len(labels)} labels: give one label per patch.")
+    if len(f) != len(labels):
+        raise HistoDiffusionError(f"{len(f)} features but {len(labels)} labels: give one label per patch.")
     empty = [k for k in range(n_classes) if not (labels == k).any()]
-    if empty: raise HistoDiffusionError(f"Class {empty[0]} has no labelled patch, so no centroid: raise label_fraction.")
+    if empty:
+        raise HistoDiffusionError(f"Class {empty[0]} has no labelled patch, so no centroid: raise label_fraction.")
     return np.stack([f[labels == k].mean(0) for k in range(n_classes)])
 
-# %% ../nbs/library/09_selection.ipynb #86585ee2
+# %% ../nbs/library/09_selection.ipynb #787dd173
 def _check_targets(targets, n, n_classes):
     "Targets as integers in 0..K-1, one for each of n patches."
     targets = np.asarray(targets, dtype=np.int64)
-    if len(targets) != n: raise HistoDiffusionError(f"{len(targets)} targets but {n} patches: give one target per patch.")
+    if len(targets) != n:
+        raise HistoDiffusionError(f"{len(targets)} targets but {n} patches: give one target per patch.")
     if n and not (0 <= targets.min() and targets.max() < n_classes):
-        raise HistoDiffusionError(f"Targets run from {targets.min()} to {targets.max()}, and there are {n_classes} classes: "
+        raise HistoDiffusionError(f"Targets run from {targets.min()} to {targets.max()}, and there are {n_classes} "
+                                  "classes: "
                                   "use the classes of the labelled set.")
     return targets
 
@@ -53,13 +58,14 @@ def centroid_rule(
     "Keep a patch whose nearest centroid is its target's."
     f = unit_features(features)
     if f.shape[1] != centroids.shape[1]:
-        raise HistoDiffusionError(f"Features have {f.shape[1]} columns and centroids {centroids.shape[1]}: use one encoder for both.")
+        raise HistoDiffusionError(f"Features have {f.shape[1]} columns and centroids {centroids.shape[1]}: use one "
+                                  "encoder for both.")
     targets = _check_targets(targets, len(f), len(centroids))
     squared = (f**2).sum(1)[:, None] + (centroids**2).sum(1) - 2*f @ centroids.T
     distance = np.sqrt(np.maximum(squared[np.arange(len(f)), targets], 0))
     return squared.argmin(1) == targets, distance
 
-# %% ../nbs/library/09_selection.ipynb #c5d3d370
+# %% ../nbs/library/09_selection.ipynb #9f8e9380
 def confidence_rule(
     probabilities:np.ndarray, # (M, K) posteriors of the synthetic patches
     targets:np.ndarray, # (M,) the class that each was to show
@@ -68,12 +74,14 @@ def confidence_rule(
     "Keep a patch whose target has at least the threshold's posterior."
     p = np.asarray(probabilities, dtype=np.float64)
     if p.ndim != 2 or (p < 0).any() or not np.allclose(p.sum(1), 1, atol=1e-3):
-        raise HistoDiffusionError("Probabilities must be (M, K), not negative, with rows that sum to 1: apply a softmax to the logits.")
-    if not 0 < threshold <= 1: raise HistoDiffusionError(f"The threshold is {threshold}: give a number above 0 and up to 1.")
+        raise HistoDiffusionError("Probabilities must be (M, K), not negative, with rows that sum to 1: apply a "
+                                  "softmax to the logits.")
+    if not 0 < threshold <= 1:
+        raise HistoDiffusionError(f"The threshold is {threshold}: give a number above 0 and up to 1.")
     confidence = p[np.arange(len(p)), _check_targets(targets, len(p), p.shape[1])]
     return confidence >= threshold, confidence
 
-# %% ../nbs/library/09_selection.ipynb #368f4aed
+# %% ../nbs/library/09_selection.ipynb #b57d44f5
 def _verdict(rule, targets, features, centroids, probabilities, threshold):
     "Which patches pass a rule, and a score that is lower for better ones."
     if rule not in RULES: raise HistoDiffusionError(f"Unknown selection rule '{rule}': use one of {', '.join(RULES)}.")
@@ -92,10 +100,11 @@ def _wanted(per_class):
     "Counts wanted as a dictionary of class -> n."
     items = per_class.items() if isinstance(per_class, dict) else enumerate(np.asarray(per_class).tolist())
     counts = {int(k): int(n) for k, n in items}
-    if any(n < 0 for n in counts.values()): raise HistoDiffusionError("A count in per_class is negative: ask for 0 or more patches.")
+    if any(n < 0 for n in counts.values()):
+        raise HistoDiffusionError("A count in per_class is negative: ask for 0 or more patches.")
     return counts
 
-# %% ../nbs/library/09_selection.ipynb #5198325c
+# %% ../nbs/library/09_selection.ipynb #70750875
 def select_patches(
     targets:np.ndarray, # (M,) the class that each synthetic patch was to show
     per_class, # patches wanted: {class: n}, or an array of K counts
@@ -116,7 +125,7 @@ def select_patches(
         chosen.append(members[np.argsort(score[members], kind="stable")[:n]])
     return np.concatenate(chosen)
 
-# %% ../nbs/library/09_selection.ipynb #c3e5d3e3
+# %% ../nbs/library/09_selection.ipynb #d6245b38
 def selection_report(
     targets:np.ndarray, # (M,) the class that each synthetic patch was to show
     chosen:np.ndarray, # indices from `select_patches`
@@ -128,16 +137,17 @@ def selection_report(
 ) -> pd.DataFrame: # class, generated, passed_*, kept, median_distance, median_confidence
     "What became of the patches of each class, under each rule whose evidence is given."
     frame = pd.DataFrame(dict(k=_check_targets(targets, len(targets), len(classes)), generated=1))
-    if features is not None: frame["passed_centroid"], frame["median_distance"] = centroid_rule(features, targets, centroids)
+    if features is not None:
+        frame["passed_centroid"], frame["median_distance"] = centroid_rule(features, targets, centroids)
     if probabilities is not None:
         frame["passed_confidence"], frame["median_confidence"] = confidence_rule(probabilities, targets, threshold)
     if features is not None and probabilities is not None:
         frame["passed_both"] = frame.passed_centroid & frame.passed_confidence
     frame["kept"] = np.isin(np.arange(len(frame)), chosen)
-    order = ["generated", "passed_centroid", "passed_confidence", "passed_both", "kept", "median_distance", "median_confidence"]
-    order = [c for c in order if c in frame]
-    report = frame.groupby("k").agg({c: "median" if c.startswith("median") else "sum" for c in order}).reindex(range(len(classes)))
-    counts = [c for c in order if not c.startswith("median")]
+    counts = [c for c in ("generated", "passed_centroid", "passed_confidence", "passed_both", "kept") if c in frame]
+    medians = [c for c in ("median_distance", "median_confidence") if c in frame]
+    report = frame.groupby("k").agg({c: "sum" for c in counts} | {c: "median" for c in medians})
+    report = report.reindex(range(len(classes)))
     report[counts] = report[counts].fillna(0).astype(int)
     report.insert(0, "class", list(classes))
     return report.reset_index(drop=True)
