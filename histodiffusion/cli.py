@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 
 from histodiffusion import __version__
@@ -187,6 +188,8 @@ def run_command(args) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     "Run a command; exit codes: 0 done, 1 failed, 2 something that the user can put right, 130 interrupted."
+    if argv is None:  # a cluster ends jobs with SIGTERM
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return run_command(build_parser().parse_args(argv))
     except HistoDiffusionError as e:

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['PROFILES', 'DataKnobs', 'PriorKnobs', 'TargetKnobs', 'Profile', 'get_profile', 'parse_override']
 
-# %% ../nbs/library/13_profiles.ipynb #48d88b1b
+# %% ../nbs/library/13_profiles.ipynb #19c6117b
 from dataclasses import asdict, dataclass, field, replace
 
 from .core import HistoDiffusionError
 
-# %% ../nbs/library/13_profiles.ipynb #d08e21ce
+# %% ../nbs/library/13_profiles.ipynb #c586f831
 @dataclass(frozen=True)
 class DataKnobs:
     "What is read and at which size."
     image_size: int = 64 # side of every patch, px, a multiple of 16
-    pretrain_patches: int = 3000 # unlabelled patches cut for pre-training
+    pretrain_patches: int = 1800 # unlabelled patches cut for pre-training
     label_fraction: float = .1 # share of the training labels that is known, 0 < f <= 1
     seeds: tuple = (0, 1) # repeats of adaptation and evaluation; each draws its own labelled patches
 
@@ -25,8 +25,8 @@ class PriorKnobs:
     autoencoder_channels: tuple = (16, 32, 64) # width of each level; f = 2 ** (levels - 1)
     autoencoder_layers: int = 1 # residual blocks per level
     latent_channels: int = 4 # channels of a latent
-    autoencoder_steps: int = 250 # optimiser steps
-    autoencoder_batch: int = 16 # crops per step
+    autoencoder_steps: int = 200 # optimiser steps
+    autoencoder_batch: int = 8 # crops per step
     autoencoder_crop: int = 32 # side of the crops it trains on, px
     autoencoder_lr: float = 2e-3 # peak learning rate
     perceptual_weight: float = .1 # weight of the distance in feature maps, >= 0
@@ -36,35 +36,35 @@ class PriorKnobs:
     unet_attention: tuple = (False, True) # self-attention at each level
     prediction: str = "epsilon" # 'epsilon' or 'v_prediction'
     min_snr_gamma: float = 5. # min-SNR weighting; 0: none
-    diffusion_steps: int = 400 # optimiser steps
-    diffusion_batch: int = 64 # latents per step
+    diffusion_steps: int = 300 # optimiser steps
+    diffusion_batch: int = 32 # latents per step
     diffusion_lr: float = 1e-3 # peak learning rate
 
-# %% ../nbs/library/13_profiles.ipynb #609da8cf
+# %% ../nbs/library/13_profiles.ipynb #ddbb9f99
 @dataclass(frozen=True)
 class TargetKnobs:
     "Adaptation to the labelled set, sampling, selection and the backbone."
-    finetune_steps: int = 100 # steps of the U-Net on the labelled patches; 0: guidance alone
+    finetune_steps: int = 60 # steps of the U-Net on the labelled patches; 0: guidance alone
     finetune_lr: float = 2e-4 # peak learning rate
-    classifier_steps: int = 100 # steps of the latent classifier
-    classifier_batch: int = 64 # latents per step
+    classifier_steps: int = 80 # steps of the latent classifier
+    classifier_batch: int = 32 # latents per step
     classifier_lr: float = 5e-4 # peak learning rate
     classifier_mode: str = "noise_aware" # 'noise_aware', or 'clean' as in the reference code
     scheduler: str = "ddim" # sampler, by its name in `sampling`
-    sampler_steps: int = 20 # U-Net evaluations per patch
+    sampler_steps: int = 15 # U-Net evaluations per patch
     eta: float = 0. # noise added in sampling: 0 deterministic DDIM .. 1 as DDPM
     guidance_scale: float = 4. # s of the classifier guidance, >= 0
-    samples_per_class: int = 24 # patches generated for each class
+    samples_per_class: int = 20 # patches generated for each class
     selection_rule: str = "both" # 'centroid', 'confidence', 'both' or 'random'
     selection_threshold: float = .5 # least probability of the target class, 0..1
-    backbone: str = "resnet10t" # timm's name of the downstream classifier
-    backbone_steps: int = 150 # optimiser steps
-    backbone_batch: int = 64 # patches per step
-    backbone_lr: float = 2e-3 # peak learning rate
+    backbone: str = "test_resnet" # timm's name of the downstream classifier; test_resnet is its small residual network of 0.4 M weights
+    backbone_steps: int = 80 # optimiser steps
+    backbone_batch: int = 32 # patches per step
+    backbone_lr: float = 4e-3 # peak learning rate
     ratio: float = 1. # synthetic over real labelled patches, > 0
     precision: str = "no" # 'no' (fp32), 'bf16' or 'fp16'
 
-# %% ../nbs/library/13_profiles.ipynb #ee5006cb
+# %% ../nbs/library/13_profiles.ipynb #bc200a2a
 @dataclass(frozen=True)
 class Profile(TargetKnobs, PriorKnobs, DataKnobs):
     "All knobs of a run."
@@ -77,13 +77,13 @@ class Profile(TargetKnobs, PriorKnobs, DataKnobs):
 
 _LABELS = ("name", "description", "tried", "expected")
 
-# %% ../nbs/library/13_profiles.ipynb #d895942e
+# %% ../nbs/library/13_profiles.ipynb #475e08e5
 _SMALL = dict(
-    name="small", description="headline numbers on two cores, overnight",
-    pretrain_patches=60_000, label_fraction=.05, seeds=(0, 1, 2),
-    autoencoder_channels=(16, 64, 128), autoencoder_steps=4000, autoencoder_lr=1e-3,
-    unet_channels=(64, 128, 256), unet_attention=(False, True, True), diffusion_steps=12_000, diffusion_lr=5e-4,
-    finetune_steps=800, classifier_steps=600, sampler_steps=25, samples_per_class=80, backbone_steps=500)
+    name="small", description="real tissue on two CPU cores",
+    pretrain_patches=40_000, label_fraction=.05, seeds=(0, 1, 2),
+    autoencoder_channels=(32, 64, 128), autoencoder_steps=2000, autoencoder_batch=16, autoencoder_lr=1e-3,
+    unet_channels=(64, 128, 256), unet_attention=(False, True, True), diffusion_steps=5000, diffusion_lr=5e-4,
+    finetune_steps=500, classifier_steps=400, sampler_steps=25, samples_per_class=50, backbone_steps=400, backbone_batch=64)
 _GPU = _SMALL | dict(
     name="gpu", description="one GPU, a day; untried", seeds=(0, 1, 2, 3, 4), pretrain_patches=400_000,
     autoencoder_channels=(64, 128, 256), autoencoder_layers=2, autoencoder_steps=40_000, autoencoder_batch=64,
@@ -92,7 +92,7 @@ _GPU = _SMALL | dict(
     classifier_steps=3000, classifier_batch=128, sampler_steps=50, samples_per_class=600,
     backbone="resnet18", backbone_steps=3000, backbone_batch=128, backbone_lr=1e-3, precision="bf16")
 
-# %% ../nbs/library/13_profiles.ipynb #49d30518
+# %% ../nbs/library/13_profiles.ipynb #f1a620f6
 _PAPER = _GPU | dict(
     name="paper", description="the reference's published sizes, several GPU days; untried",
     image_size=256, pretrain_patches=1_000_000, autoencoder_channels=(128, 256, 512), latent_channels=3,
@@ -104,7 +104,7 @@ _PAPER = _GPU | dict(
 
 PROFILES: dict[str, Profile] = {p.name: p for p in (Profile(), *(Profile(**k) for k in (_SMALL, _GPU, _PAPER)))}
 
-# %% ../nbs/library/13_profiles.ipynb #ef58783a
+# %% ../nbs/library/13_profiles.ipynb #0dec381d
 _CHOICES = dict(prediction=("epsilon", "v_prediction"), classifier_mode=("noise_aware", "clean"),
                 precision=("no", "bf16", "fp16"), selection_rule=("centroid", "confidence", "both", "random"))
 
@@ -120,7 +120,7 @@ def _as_type(name, value, like):
         raise HistoDiffusionError(f"{name} is '{value}': use one of {', '.join(_CHOICES[name])}.")
     return value
 
-# %% ../nbs/library/13_profiles.ipynb #9ac7802c
+# %% ../nbs/library/13_profiles.ipynb #bb7e077a
 def _check(p):
     "Refuse values that no run can use."
     downs = len(p.autoencoder_channels) + len(p.unet_channels) - 2
@@ -142,7 +142,7 @@ def _check(p):
         if wrong: raise HistoDiffusionError(f"Profile '{p.name}' cannot run: {sentence}.")
     return p
 
-# %% ../nbs/library/13_profiles.ipynb #fde018a3
+# %% ../nbs/library/13_profiles.ipynb #e3b21554
 def get_profile(
     name:str="smoke", # smoke, small, gpu or paper
     **overrides, # knobs to change, by name
@@ -157,7 +157,7 @@ def get_profile(
     changed = {k: _as_type(k, v, knobs[k]) for k, v in overrides.items()}
     return _check(replace(p, **changed))
 
-# %% ../nbs/library/13_profiles.ipynb #6b4f3379
+# %% ../nbs/library/13_profiles.ipynb #81dfd81e
 def parse_override(
     text:str, # 'KEY=VALUE'; a list is written with commas
 ) -> tuple: # field name and typed value

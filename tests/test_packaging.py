@@ -1,0 +1,85 @@
+"""What the files at the top of the repository must agree on."""
+
+import configparser
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import histodiffusion
+from histodiffusion.core import load_settings
+
+tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def ini():
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "settings.ini")
+    return parser
+
+
+@pytest.fixture
+def pyproject():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_settings_ini_equals_pyproject(ini, pyproject):
+    default, nbdev, project = dict(ini["DEFAULT"]), pyproject["tool"]["nbdev"], pyproject["project"]
+    same = {k: str(nbdev[k]) for k in default if k in nbdev}
+    same |= {
+        "version": histodiffusion.__version__,
+        "min_python": project["requires-python"].removeprefix(">="),
+        "description": project["description"],
+        "keywords": ", ".join(project["keywords"]),
+        "license": project["license"],
+        "author": ", ".join(a["name"] for a in project["authors"]),
+        "repo": project["urls"]["Repository"].rsplit("/", 1)[-1],
+    }
+    assert default == same
+
+
+def test_settings_are_what_the_library_reads(ini, monkeypatch):
+    read = set(load_settings(ROOT).__dataclass_fields__) - {"root"}
+    assert set(ini["histodiffusion"]) - set(ini["DEFAULT"]) == read
+    for key in read:
+        monkeypatch.setenv(f"HISTODIFFUSION_{key.upper()}", "elsewhere")
+        assert "elsewhere" in str(getattr(load_settings(ROOT), key))
+
+
+def test_command_is_installed_by_name(pyproject):
+    module, _, function = pyproject["project"]["scripts"]["histodiffusion"].partition(":")
+    assert callable(getattr(__import__(module, fromlist=[function]), function))
+
+
+def test_constraints_pin_every_dependency(pyproject):
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {s.split("==")[0].lower().replace("_", "-") for s in lines if "==" in s and not s.startswith("#")}
+    project = pyproject["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    assert {re.split(r"[>=<;\[ ]", d)[0].lower() for d in wanted} <= pinned
+
+
+def test_every_module_comes_from_a_notebook():
+    plain = {"__init__", "_modidx", "_torchvision", "cli"}
+    modules = {p.stem for p in (ROOT / "histodiffusion").glob("*.py")} - plain
+    notebooks = {p.stem.split("_", 1)[1] for p in (ROOT / "nbs" / "library").glob("[0-9][0-9]_*.ipynb")}
+    assert modules == notebooks
+
+
+def test_licence_is_apache(pyproject):
+    assert pyproject["project"]["license"] == "Apache-2.0"
+    assert "Apache License" in (ROOT / "LICENSE").read_text()[:200]
+
+
+@pytest.mark.skipif(not (ROOT / "nbs" / "index.ipynb").exists(), reason="needs nbs/index.ipynb")
+def test_readme_is_written_from_its_notebook(tmp_path):
+    for name in ("docs/readme.py", "nbs/index.ipynb"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    subprocess.run([sys.executable, "docs/readme.py"], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()

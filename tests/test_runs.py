@@ -1,0 +1,269 @@
+"""Runs, keys and the workflow that is built from them."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from histodiffusion.core import HistoDiffusionError, read_json
+from histodiffusion.profiles import PROFILES, Profile, get_profile
+from histodiffusion.reproduce import estimate, plan
+from histodiffusion.runs import STAGES, Run, forget, inside, provenance_path, stage, stage_fields, stage_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ("pretraining_data", "autoencoder", "diffusion")
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    "A project's folder with settings and Snakefile, in which nothing has been made."
+    for name in ("settings.ini", "Snakefile"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in list(os.environ):
+        if name.startswith("HISTODIFFUSION_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(*words, timeout=120):
+    "Run a Python module as a command."
+    return subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=timeout)
+
+
+def complete(run):
+    "Leave every stage of a run as if it had been made."
+    for job in plan(run):
+        with stage_folder(Run(**job.parameters), job.stage) as (folder, _):
+            for name in STAGES[job.stage].outputs:
+                (folder / name).write_text("| method | accuracy |\n")
+
+
+def keys(**options):
+    run = Run(**{"profile": "smoke", **options})
+    return {s: run.key(s) for s in STAGES}
+
+
+def changed(**options):
+    "Stages whose key is not that of the plain smoke run."
+    plain, new = keys(), keys(**options)
+    return [s for s in STAGES if plain[s] != new[s]]
+
+
+def test_guidance_scale_changes_synthesis_but_not_adaptation(project):
+    assert changed(overrides={"guidance_scale": 9.5}) == ["synthesize", "select", "augment", "table_1", "figure_2"]
+
+
+def test_every_knob_changes_the_stages_that_list_it_and_no_earlier_one(project):
+    texts = {"prediction": "v_prediction", "classifier_mode": "clean", "selection_rule": "random", "precision": "bf16",
+             "scheduler": "ddpm", "backbone": "resnet18"}  # fmt: skip
+    special = {"autoencoder_crop": 16, "image_size": 128, "min_snr_gamma": 2.5, "unet_attention": (True, False), "seeds": (30,), "eta": 0.35}
+    for name, old in Profile().knobs().items():
+        if name == "label_fraction":
+            continue
+        like = {float: lambda v: v / 2, int: lambda v: v + 1, tuple: lambda v: tuple(2 * n for n in v)}
+        value = texts.get(name) or special.get(name) or like[type(old)](old)
+        expected = [s for s in STAGES if name in stage_fields(s)]
+        if name == "seeds":
+            expected += ["figure_2"]  # shows the first seed
+        assert changed(overrides={name: value}) == expected, name
+
+
+def test_two_targets_share_the_prior(project):
+    labs = ("phantom:boston", "phantom:porto")
+    one, two = (keys(dataset=f"phantom:{lab}", pretrain_sets=labs) for lab in ("target", "kyoto"))
+    assert [s for s in STAGES if one[s] == two[s]] == list(SHARED)
+
+
+def test_grey_target_has_its_own_prior(project):
+    from PIL import Image
+
+    for mode, colour in (("L", 90), ("RGB", (90, 40, 120))):
+        for label in "ab":
+            folder = project / mode / label
+            folder.mkdir(parents=True)
+            Image.new(mode, (64, 64), colour).save(folder / "patch.png")
+    labs = ("phantom:boston",)
+    grey, colour = (Run("smoke", f"folder:{project / m}", labs) for m in ("L", "RGB"))
+    assert (grey.channels, colour.channels) == (1, 3)
+    assert grey.key("autoencoder") != colour.key("autoencoder")
+
+
+def test_seed_and_label_fraction_leave_the_prior_alone(project):
+    assert changed(seed=4) == ["adapt", "synthesize", "select", "augment"]
+    assert changed(label_fraction=0.5) == ["adapt", "synthesize", "select", "augment", "table_1", "figure_2"]
+
+
+def test_data_that_changes_makes_new_keys(project):
+    from PIL import Image
+
+    for label in "ab":
+        (project / "set" / label).mkdir(parents=True)
+        Image.new("L", (64, 64), 9).save(project / "set" / label / "1.png")
+    run = lambda: Run("smoke", f"folder:{project / 'set'}", ("phantom:boston",))  # noqa: E731
+    before = run().key("target_data")
+    Image.new("L", (64, 64), 9).save(project / "set" / "a" / "2.png")
+    assert run().key("target_data") != before
+
+
+def test_parameters_survive_json(project):
+    run = Run("small", "phantom:kyoto", label_fraction=0.2, seed=3, overrides={"unet_channels": (32, 64, 64)})
+    assert Run(**json.loads(json.dumps(run.parameters))) == run
+
+
+def test_presets_are_valid():
+    assert [get_profile(name).name for name in PROFILES] == ["smoke", "small", "gpu", "paper"]
+    assert all(p.expected is None for p in PROFILES.values() if not p.tried)
+
+
+def test_stage_cannot_read_a_knob_outside_its_key(project):
+    seen = inside(Run("smoke", seed=3), "diffusion")
+    assert seen.seed == 0
+    with pytest.raises(AttributeError, match="guidance_scale"):
+        _ = seen.config.guidance_scale
+
+
+def test_every_stage_has_a_function_and_a_notebook():
+    import histodiffusion.stages as stages
+
+    assert [getattr(stages, s).stage for s in STAGES] == list(STAGES)
+    for s in STAGES.values():
+        nb = nbformat.read(ROOT / s.notebook, as_version=4)
+        given = [c.source for c in nb.cells if "parameters" in c.metadata.get("tags", [])]
+        assert len(given) == 1 and all(f"{name} =" in given[0] for name in Run("smoke").parameters), s.notebook
+
+
+def test_stage_is_made_once_and_names_what_is_missing(project):
+    made = []
+
+    @stage("pretraining_data")
+    def pool(run, folder):
+        made.append(run.config.pretrain_patches)
+
+    @stage("autoencoder")
+    def autoencoder(run, folder):
+        made.append("autoencoder")
+
+    run = Run("smoke")
+    with pytest.raises(HistoDiffusionError, match="'histodiffusion pretrain --profile smoke"):
+        autoencoder(run)
+    assert pool(run) == pool(run)
+    assert made == [run.knobs.pretrain_patches]
+
+
+def test_failed_stage_keeps_its_files_and_its_time(project):
+    run = Run("smoke")
+    with pytest.raises(ValueError, match="bug"), stage_folder(run, "pretraining_data") as (folder, _):
+        (folder / "checkpoint").write_text("half")
+        time.sleep(0.1)
+        raise ValueError("bug")
+    assert not run.done("pretraining_data")
+    with stage_folder(run, "pretraining_data") as (folder, _):
+        assert (folder / "checkpoint").exists()
+    assert read_json(folder / "provenance.json")["seconds"] >= 0.1
+
+
+def test_full_disk_is_one_sentence(project):
+    with pytest.raises(HistoDiffusionError, match="free some space"), stage_folder(Run("smoke"), "target_data"):
+        raise OSError(28, "No space left on device")
+
+
+def test_provenance_is_complete_outside_git(project):
+    run = Run("smoke", seed=1)
+    with stage_folder(run, "adapt"):
+        pass
+    record = read_json(provenance_path(run, "adapt"))
+    assert (record["seed"], record["commit"], record["key"]) == (1, "unknown", run.key("adapt"))
+    assert {"torch", "diffusers", "timm", "accelerate", "numpy", "scikit-learn", "python"} <= set(record["versions"])
+    assert set(record["data"]) == {"phantom:target", *run.pretrain_sets}
+
+
+def test_forgetting_a_stage_forgets_what_follows(project):
+    run = Run("smoke")
+    complete(run)
+    forget(run, "synthesize")
+    undone = [j.name for j in plan(run) if not j.done]
+    assert undone == [f"{s}_{run.seed}" for s in ("synthesize", "select", "augment")] + ["table_1", "figure_2"]
+
+
+def test_estimate_learns_from_what_was_measured(project):
+    run = Run("smoke")
+    before = estimate(run)["diffusion"]
+    with stage_folder(run, "diffusion"):
+        pass
+    after = estimate(run)["diffusion"]
+    assert (before["measured"], after["measured"]) == (False, True)
+    assert after["seconds"] < before["seconds"]
+
+
+def test_planning_does_not_import_torch(project):
+    code = ("import sys; import histodiffusion.cli as c; c.main(['reproduce', '--dry-run']);"
+            "print([m for m in ('torch', 'diffusers', 'timm') if m in sys.modules])")  # fmt: skip
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert said.stdout.splitlines()[-1] == "[]", said.stderr
+
+
+needs_snakemake = pytest.mark.skipif(sys.version_info < (3, 11), reason="snakemake needs Python 3.11")
+
+
+@needs_snakemake
+def test_workflow_has_every_job_of_the_plan(project):
+    for s in STAGES.values():
+        assert s.notebook == f"nbs/experiments/{s.name}.ipynb"
+    said = call("snakemake", "-n", "--cores", "2", "--config", "profile=smoke")
+    assert said.returncode == 0, said.stderr
+    table = said.stdout + said.stderr
+    for job in plan(Run("smoke")):
+        assert re.search(rf"^{job.name}\s+1$", table, re.MULTILINE), job.name
+
+
+@needs_snakemake
+def test_workflow_reruns_only_what_a_parameter_touches(project):
+    complete(Run("smoke"))
+    config = project / "config.json"
+    config.write_text(json.dumps(Run("smoke", overrides={"ratio": 0.7}).parameters))
+    said = call("snakemake", "-n", "--cores", "2", "--rerun-triggers", "mtime", "params", "--configfile", str(config),
+                "--forcerun", "table_1", "figure_2")  # fmt: skip
+    rules = set(re.findall(r"^rule (\w+):", said.stdout + said.stderr, re.MULTILINE)) - {"all"}
+    seeds = get_profile("smoke").seeds
+    assert rules == {"table_1", "figure_2", *(f"{s}_{n}" for s in ("select", "augment") for n in seeds)}
+
+
+def test_second_reproduce_does_nothing_and_is_quick(project):
+    complete(Run("smoke"))
+    before = {p: p.stat().st_mtime_ns for p in project.rglob("*")}
+    start = time.time()
+    said = call("histodiffusion.cli", "reproduce")
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("Nothing to do: all ")
+    assert time.time() - start < 10
+    assert {p: p.stat().st_mtime_ns for p in project.rglob("*")} == before
+
+
+@needs_snakemake
+@pytest.mark.slow
+@pytest.mark.parametrize("body, code, sentence", [
+    ("1/0", 1, "failed in cell [3] `1/0`: ZeroDivisionError: division by zero"),
+    ("from histodiffusion.core import HistoDiffusionError\nraise HistoDiffusionError('Add patches.')", 2,
+     "histodiffusion: Add patches."),
+])  # fmt: skip
+def test_failed_notebook_is_one_line_and_an_exit_code(project, body, code, sentence):
+    folder = project / "nbs" / "experiments"
+    folder.mkdir(parents=True)
+    cells = [nbformat.v4.new_code_cell("seed = 0", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(body)]
+    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
+    for name in ("pretraining_data", "target_data"):
+        nb = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+        nbformat.write(nb, folder / f"{name}.ipynb")
+    said = call("histodiffusion.cli", "reproduce", "--cores", "1")
+    assert said.returncode == code
+    assert sentence in said.stdout
+    assert "Traceback" not in said.stdout + said.stderr
