@@ -6,20 +6,19 @@
 __all__ = ['build_autoencoder', 'AutoencoderLoss', 'fold_statistics', 'encode_patches', 'decode_latents', 'psnr',
            'train_autoencoder']
 
-# %% ../nbs/library/04_autoencoder.ipynb #e6461aba
+# %% ../nbs/library/04_autoencoder.ipynb #c8746870
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from .core import HistoDiffusionError, get_device, progress
+from .core import get_device, progress
 from .datasets import images_to_tensor, tensor_to_images
 from .features import feature_maps
 from .training import Fit, FitConfig, fit
 
-# %% ../nbs/library/04_autoencoder.ipynb #a86b3d41
+# %% ../nbs/library/04_autoencoder.ipynb #de91c206
 def build_autoencoder(
     channels:int=3, # image channels: 1 grey, 3 RGB
     widths:tuple=(32, 64, 128), # channels per level; f = 2 ** (levels - 1)
@@ -33,7 +32,7 @@ def build_autoencoder(
                          layers_per_block=layers, latent_channels=latent_channels, mid_block_add_attention=False,
                          norm_num_groups=min(16, *widths)//2, scaling_factor=1.)
 
-# %% ../nbs/library/04_autoencoder.ipynb #31940247
+# %% ../nbs/library/04_autoencoder.ipynb #6fa87974
 class AutoencoderLoss:
     "L1 + distance in early feature maps of the packaged encoder + KL, on random crops of the patches."
     def __init__(self,
@@ -67,7 +66,7 @@ class AutoencoderLoss:
         with torch.no_grad(): target = self.maps(b)
         return sum((p - q).abs().mean()/(q.abs().mean() + 1e-3) for p, q in zip(self.maps(a), target))
 
-# %% ../nbs/library/04_autoencoder.ipynb #d302781f
+# %% ../nbs/library/04_autoencoder.ipynb #3f4dda73
 @torch.no_grad()
 def fold_statistics(
     autoencoder:AutoencoderKL, # changed in place
@@ -84,7 +83,7 @@ def fold_statistics(
     dec.weight *= std[None, :, None, None]
     return autoencoder
 
-# %% ../nbs/library/04_autoencoder.ipynb #9e484e95
+# %% ../nbs/library/04_autoencoder.ipynb #b86c558b
 @torch.no_grad()
 def encode_patches(
     autoencoder:AutoencoderKL,
@@ -112,7 +111,7 @@ def decode_latents(
     return np.concatenate([tensor_to_images(autoencoder.decode(z.to(device).float()).sample)
                            for z in latents.split(batch_size)])
 
-# %% ../nbs/library/04_autoencoder.ipynb #f3458421
+# %% ../nbs/library/04_autoencoder.ipynb #17cbca70
 def psnr(
     a:np.ndarray, # (N, H, W, C) uint8
     b:np.ndarray, # (N, H, W, C) uint8
@@ -120,7 +119,7 @@ def psnr(
     "Peak signal-to-noise ratio over all patches: 10 log10(255² / MSE)."
     return float(10*np.log10(255**2/np.mean((a.astype(float) - b.astype(float))**2)))
 
-# %% ../nbs/library/04_autoencoder.ipynb #1f210abb
+# %% ../nbs/library/04_autoencoder.ipynb #ed5a3f22
 def train_autoencoder(
     images:np.ndarray, # (N, H, W, C) uint8 unlabelled patches
     widths:tuple=(32, 64, 128), # channels per level

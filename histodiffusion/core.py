@@ -7,7 +7,7 @@ __all__ = ['HistoDiffusionError', 'project_root', 'Settings', 'load_settings', '
            'seed_everything', 'keep_freed_memory', 'get_device', 'atomic_path', 'write_text', 'write_json', 'read_json',
            'save_tensors', 'load_tensors', 'progress']
 
-# %% ../nbs/library/00_core.ipynb #fb4e9379
+# %% ../nbs/library/00_core.ipynb #51cbcbfa
 import configparser, contextlib, ctypes, hashlib, json, os, random, shutil, sys, tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,11 @@ import numpy as np
 # Threads of OpenMP that wait by spinning bring a machine with few, busy cores to a crawl; set before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# %% ../nbs/library/00_core.ipynb #1a97b005
+# %% ../nbs/library/00_core.ipynb #43f7fcc4
 class HistoDiffusionError(Exception):
     "Something that the user can put right; the message says what was wrong, where, and what to do."
 
-# %% ../nbs/library/00_core.ipynb #a099764b
+# %% ../nbs/library/00_core.ipynb #bc5c0e0a
 def project_root(
     start=None, # folder to start from; None: the current one
 ) -> Path: # nearest folder upwards with a settings.ini, else `start`
@@ -29,7 +29,7 @@ def project_root(
     start = Path(start or Path.cwd()).resolve()
     return next((p for p in (start, *start.parents) if (p/"settings.ini").is_file()), start)
 
-# %% ../nbs/library/00_core.ipynb #6c799be0
+# %% ../nbs/library/00_core.ipynb #0d48c981
 @dataclass(frozen=True)
 class Settings:
     "What an installation is set to; each value can be overridden by `HISTODIFFUSION_<KEY>`."
@@ -41,7 +41,7 @@ class Settings:
     profile: str # preset of scale
     tracker: str # accelerate's name of an experiment tracker, or 'none'
 
-# %% ../nbs/library/00_core.ipynb #821d0c4d
+# %% ../nbs/library/00_core.ipynb #c0739cc9
 _DEFAULTS = dict(data_home="data", data_mirror="", results_path="results", figures_path="figures",
                  profile="smoke", tracker="none")
 
@@ -58,7 +58,7 @@ def load_settings(
     return Settings(root, path("data_home"), path("data_mirror") if value["data_mirror"] else None,
                     path("results_path"), path("figures_path"), value["profile"], value["tracker"])
 
-# %% ../nbs/library/00_core.ipynb #086589ab
+# %% ../nbs/library/00_core.ipynb #b252aa78
 def hash_object(
     obj, # anything that JSON can hold
 ) -> str: # 64 hexadecimal digits
@@ -78,7 +78,7 @@ def derive_seed(
     "A seed from names and numbers, the same on every machine."
     return int(hash_object(list(parts))[:8], 16) % 2**31
 
-# %% ../nbs/library/00_core.ipynb #927742f1
+# %% ../nbs/library/00_core.ipynb #11013c9a
 def seed_everything(
     seed:int, # any integer >= 0
 ):
@@ -88,7 +88,7 @@ def seed_everything(
     np.random.seed(seed % 2**32)  # noqa: NPY002 - third-party augmentations draw from the global generator
     torch.manual_seed(seed)
 
-# %% ../nbs/library/00_core.ipynb #bdfb6b07
+# %% ../nbs/library/00_core.ipynb #dd297459
 def keep_freed_memory() -> bool: # whether the C library took the advice
     "Let glibc keep freed memory for the next training step, instead of returning it to the system."
     try: libc = ctypes.CDLL("libc.so.6")
@@ -101,7 +101,7 @@ def get_device(): # torch.device
     keep_freed_memory()
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/library/00_core.ipynb #a8e9e957
+# %% ../nbs/library/00_core.ipynb #135d6f16
 @contextlib.contextmanager
 def atomic_path(
     path, # the file or folder to write
@@ -116,7 +116,7 @@ def atomic_path(
         os.replace(holder/path.name, path)
     finally: shutil.rmtree(holder, ignore_errors=True)
 
-# %% ../nbs/library/00_core.ipynb #c3291db0
+# %% ../nbs/library/00_core.ipynb #87008ff3
 def write_text(
     path, # file to write
     text:str, # its content
@@ -139,7 +139,7 @@ def read_json(
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as e: raise HistoDiffusionError(f"{path} is not readable JSON ({e}): delete it and run again.") from e
 
-# %% ../nbs/library/00_core.ipynb #5c79f72f
+# %% ../nbs/library/00_core.ipynb #23bbab3c
 def save_tensors(
     path, # .safetensors file
     tensors:dict, # name -> torch tensor or numpy array
@@ -162,7 +162,7 @@ def load_tensors(
     except (SafetensorError, OSError) as e:
         raise HistoDiffusionError(f"{path} cannot be read ({e}): delete it and run its stage again.") from e
 
-# %% ../nbs/library/00_core.ipynb #e447bdac
+# %% ../nbs/library/00_core.ipynb #874cb492
 class _Lines:
     "A file for tqdm that ends each refresh with a new line, for logs."
     def write(self, s):

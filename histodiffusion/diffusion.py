@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['noise_schedule', 'build_unet', 'loss_weights', 'LatentSampler', 'DiffusionLoss', 'train_diffusion']
 
-# %% ../nbs/library/05_diffusion.ipynb #f3ed3886
-from pathlib import Path
-
+# %% ../nbs/library/05_diffusion.ipynb #22cb2e21
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from .core import HistoDiffusionError, get_device
 from .training import Fit, FitConfig, fit
 
-# %% ../nbs/library/05_diffusion.ipynb #efb2e090
+# %% ../nbs/library/05_diffusion.ipynb #9ba02237
 def noise_schedule(
     prediction:str="epsilon", # 'epsilon' or 'v_prediction'
     steps:int=1000, # T
@@ -25,7 +23,7 @@ def noise_schedule(
     return DDPMScheduler(num_train_timesteps=steps, beta_schedule="linear", beta_start=.0015, beta_end=.0155,
                          prediction_type=prediction, clip_sample=False)
 
-# %% ../nbs/library/05_diffusion.ipynb #ac6d08af
+# %% ../nbs/library/05_diffusion.ipynb #5055e27a
 def build_unet(
     latent_size:int, # side of the latents
     latent_channels:int=4, # channels of the latents
@@ -36,14 +34,15 @@ def build_unet(
 ) -> UNet2DModel:
     "An untrained U-Net that predicts noise from a noisy latent and its time."
     if len(widths) != len(attention): raise HistoDiffusionError("unet_channels and unet_attention need the same length.")
-    if latent_size % 2**(len(widths) - 1): raise HistoDiffusionError(f"latents of side {latent_size} cannot be halved {len(widths) - 1} times: use fewer levels.")
+    if latent_size % 2**(len(widths) - 1):
+        raise HistoDiffusionError(f"latents of side {latent_size} cannot be halved {len(widths) - 1} times: use fewer levels.")
     return UNet2DModel(sample_size=latent_size, in_channels=latent_channels, out_channels=latent_channels,
                        block_out_channels=tuple(widths), layers_per_block=layers, attention_head_dim=head_dim,
                        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
                        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
                        norm_num_groups=min(16, *widths))
 
-# %% ../nbs/library/05_diffusion.ipynb #693fed15
+# %% ../nbs/library/05_diffusion.ipynb #5cde63dd
 def loss_weights(
     schedule:DDPMScheduler, # the forward process
     min_snr_gamma:float=0., # γ > 0; 0: no weighting
@@ -53,7 +52,7 @@ def loss_weights(
     snr = schedule.alphas_cumprod/(1 - schedule.alphas_cumprod)
     return snr.clamp(max=min_snr_gamma)/(snr if schedule.config.prediction_type == "epsilon" else snr + 1)
 
-# %% ../nbs/library/05_diffusion.ipynb #08333efa
+# %% ../nbs/library/05_diffusion.ipynb #828c1b00
 class LatentSampler:
     "Draws latents from the cached posteriors: mean + deviation · noise."
     def __init__(self,
@@ -69,7 +68,7 @@ class LatentSampler:
         z = self.mean[i].float()
         return (z + self.std[i].float()*torch.randn(z.shape, generator=generator)).to(get_device())
 
-# %% ../nbs/library/05_diffusion.ipynb #89b1d0ad
+# %% ../nbs/library/05_diffusion.ipynb #adaf3f26
 class DiffusionLoss:
     "Squared error of the predicted noise (or v), at random times, weighted."
     def __init__(self,
@@ -90,7 +89,7 @@ class DiffusionLoss:
         error = (model(noisy, t).sample.float() - target).square().mean((1, 2, 3))
         return (self.weights[t]*error).mean(), dict(error=error.detach().mean())
 
-# %% ../nbs/library/05_diffusion.ipynb #0892f8fb
+# %% ../nbs/library/05_diffusion.ipynb #b2cb86a7
 def train_diffusion(
     latents, # latents(n, generator) -> (n, C, h, w) batch
     unet:UNet2DModel, # fresh, or pre-trained for fine-tuning; changed in place

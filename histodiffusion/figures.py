@@ -6,7 +6,7 @@
 __all__ = ['DPI', 'FULL_WIDTH', 'COLUMN_WIDTH', 'figure_style', 'save_figure', 'montage', 'show_patches', 'figure_2',
            'plot_history', 'plot_gain', 'plot_selection', 'plot_noise_accuracy']
 
-# %% ../nbs/library/12_figures.ipynb #bde90153
+# %% ../nbs/library/12_figures.ipynb #3c0fe183
 import contextlib
 import textwrap
 from pathlib import Path
@@ -23,7 +23,7 @@ from .core import HistoDiffusionError, atomic_path
 DPI = 200 # pixels per inch of a saved PNG
 FULL_WIDTH, COLUMN_WIDTH = 7., 4.2 # inches
 
-# %% ../nbs/library/12_figures.ipynb #3db99030
+# %% ../nbs/library/12_figures.ipynb #8e724f5c
 @contextlib.contextmanager
 def figure_style():
     "The one style of all figures, for the length of the block."
@@ -49,7 +49,7 @@ def save_figure(
         with atomic_path(paths[1]) as p: fig.savefig(p, dpi=DPI, metadata=dict(Software=None))
     return paths
 
-# %% ../nbs/library/12_figures.ipynb #d3a7b15a
+# %% ../nbs/library/12_figures.ipynb #6c9e389e
 def montage(
     images, # up to `rows * columns` patches, (N, H, W, C) uint8, C 1 or 3
     columns:int, # patches per row, >= 1
@@ -78,7 +78,7 @@ def _place(fig, picture, x, y):
     ax.imshow(picture, interpolation="none", aspect="auto")
     ax.set_axis_off()
 
-# %% ../nbs/library/12_figures.ipynb #1a4eefa0
+# %% ../nbs/library/12_figures.ipynb #211e183b
 def show_patches(
     images:np.ndarray, # (N, H, W, C) uint8, C 1 or 3
     columns:int=8, # patches per row
@@ -98,7 +98,7 @@ def show_patches(
             fig.text((4 + (i + .5)*(w + 2)/columns)/(w + 8), 1 - 26/(h + top + 4), t, ha="center", fontsize=6)
     return fig
 
-# %% ../nbs/library/12_figures.ipynb #c0a671ad
+# %% ../nbs/library/12_figures.ipynb #9c2d238d
 def _block_table(real, synthetic, class_names, n):
     "Title -> class -> up to n patches, with the real ones first."
     blocks = {"Real": real, **synthetic}
@@ -113,7 +113,7 @@ def _block_table(real, synthetic, class_names, n):
         raise HistoDiffusionError(f"Figure 2 needs patches of one size, not {sorted(set(found))}: resize them first.")
     return {t: {c: np.asarray(b[c])[:n] if c in b else [] for c in class_names} for t, b in blocks.items()}, found[0]
 
-# %% ../nbs/library/12_figures.ipynb #1b47d45e
+# %% ../nbs/library/12_figures.ipynb #f92f4714
 def figure_2(
     real:dict, # class name -> (N, H, W, C) uint8 real patches
     synthetic:dict, # method -> {class name -> (N, H, W, C) uint8 patches}, in the order to show
@@ -129,7 +129,7 @@ def figure_2(
     h, w = pictures[0].shape[:2]
     size = 9*max(1., len(blocks)*w/DPI/FULL_WIDTH)  # pt; a wide figure shrinks in print
     titles = [textwrap.fill(t, max(6, int(w/(size*.66*DPI/72)))) for t in blocks]  # as wide as its block
-    left, space = int(max(map(len, class_names))*size*.68*DPI/72) + 10, 14
+    left, space = int(max(map(len, class_names))*size*.85*DPI/72) + 12, 14
     top = int((.8 + 1.2*max(t.count("\n") + 1 for t in titles))*size*DPI/72)
     width, height, text = left + len(blocks)*(w + space), top + h + 2, dict(va="center", fontsize=size)
     with figure_style():
@@ -141,7 +141,7 @@ def figure_2(
             fig.text((left - 8)/width, 1 - (top + (i + .5)*h/len(class_names))/height, c, ha="right", **text)
     return fig
 
-# %% ../nbs/library/12_figures.ipynb #2e879e18
+# %% ../nbs/library/12_figures.ipynb #6340ea08
 def plot_history(
     history, # rows of `Fit.history`, or a DataFrame of them
     columns=("loss",), # what to plot against step, one panel each
@@ -166,7 +166,7 @@ def plot_history(
         fig.suptitle(title, fontsize=9)
     return fig
 
-# %% ../nbs/library/12_figures.ipynb #27f2976a
+# %% ../nbs/library/12_figures.ipynb #96bdebcb
 def _method_names(frame):
     "A name for each row: the method, with its ratio where the method has several."
     several = frame.groupby("method").ratio.transform("nunique") > 1
@@ -198,7 +198,7 @@ def plot_gain(
         if len(fractions) > 1: ax.legend()
     return fig
 
-# %% ../nbs/library/12_figures.ipynb #50683a5d
+# %% ../nbs/library/12_figures.ipynb #107da3af
 def plot_selection(
     report:pd.DataFrame, # of `selection.selection_report`
 ) -> Figure:
@@ -218,7 +218,7 @@ def plot_selection(
         if max(map(len, report["class"].astype(str))) > 8: ax.tick_params(axis="x", rotation=30)
     return fig
 
-# %% ../nbs/library/12_figures.ipynb #1a448e7e
+# %% ../nbs/library/12_figures.ipynb #8c900ef3
 def plot_noise_accuracy(
     t, # (n,) time steps, 0 clean to T - 1 noise
     accuracy, # (n,) accuracy in 0..1, or {name: (n,) accuracy}

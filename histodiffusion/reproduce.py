@@ -6,18 +6,18 @@
 __all__ = ['Job', 'plan', 'work', 'estimate', 'duration', 'describe_plan', 'execute_notebook', 'plan_from_config', 'job_command',
            'snakemake_command', 'reproduce', 'main']
 
-# %% ../nbs/library/16_reproduce.ipynb #56d42760
+# %% ../nbs/library/16_reproduce.ipynb #67b22270
 import contextlib, json, math, os, shlex, shutil, signal, subprocess, sys, tempfile, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .core import HistoDiffusionError, load_settings, read_json
-from .datasets import REGISTRY, list_images, parse_phantom
+from .datasets import list_images, parse_phantom
 from .phantom import PHANTOM_CLASSES
 from .profiles import get_profile
 from .runs import STAGES, Run, forget, machine, provenance_path, upstream_of
 
-# %% ../nbs/library/16_reproduce.ipynb #31f5ee61
+# %% ../nbs/library/16_reproduce.ipynb #709e2f93
 @dataclass(frozen=True)
 class Job:
     "One notebook to execute."
@@ -38,7 +38,7 @@ def _path(path):
     path, root = Path(path), load_settings().root
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
-# %% ../nbs/library/16_reproduce.ipynb #c78f6f62
+# %% ../nbs/library/16_reproduce.ipynb #f88c83ba
 def _jobs_of(run, targets):
     "(stage, run with its seed) of every job, in order."
     wanted = [s for s in STAGES if any(s in upstream_of(t) for t in targets)]
@@ -67,7 +67,7 @@ def _job(stage, run, place):
                executed=_path(run.results/"notebooks"/f"{stage}{tag}.ipynb"), key=run.key(stage), done=run.done(stage),
                alone=not (spec.per_seed and run.profile == "smoke"), place=place)
 
-# %% ../nbs/library/16_reproduce.ipynb #16cbffe5
+# %% ../nbs/library/16_reproduce.ipynb #255c3b9f
 def _network(widths, layers, side):
     "Places times squared channels, summed over levels, and parameters."
     cost = sum((side/2**i)**2*c*c for i, c in enumerate(widths))*(2*layers + 1)/3
@@ -79,7 +79,7 @@ def _count(spec):
     files = list_images(spec)
     return len(files), len({p.parent for p in files})
 
-# %% ../nbs/library/16_reproduce.ipynb #1852ed04
+# %% ../nbs/library/16_reproduce.ipynb #426f2512
 def work(
     knobs:dict, # knobs of a profile
     patches:int, # of the labelled set
@@ -104,7 +104,7 @@ def work(
                 synthesize=(2*new*(.8*unet*k.sampler_steps + whole), 6*k.image_size**2*new),
                 select=(training, 2e7), augment=(4*training, 8e7), table_1=(5, 1e5), figure_2=(10, 3e6))
 
-# %% ../nbs/library/16_reproduce.ipynb #36e208a5
+# %% ../nbs/library/16_reproduce.ipynb #6c4168a2
 def _pace(counts):
     "Measured over computed seconds, for each stage that was made before."
     pace = {}
@@ -127,7 +127,7 @@ def estimate(
     return {j.name: dict(seconds=8 + todo[j.stage][0]*pace.get(j.stage, faster), bytes=todo[j.stage][1],
                          measured=j.stage in pace) for j in plan(run, seeds)}
 
-# %% ../nbs/library/16_reproduce.ipynb #f80db45f
+# %% ../nbs/library/16_reproduce.ipynb #8cc7dae1
 def duration(
     seconds:float, # >= 0
 ) -> str:
@@ -160,7 +160,7 @@ def describe_plan(
     return "\n".join([*lines, "", f"{len(left)} of {len(jobs)} stages to make" + (
         f": about {duration(seconds)} and {size/1e6:,.0f} MB (a rough estimate {basis})" if left else "")])
 
-# %% ../nbs/library/16_reproduce.ipynb #dc415fb0
+# %% ../nbs/library/16_reproduce.ipynb #bc22a2b9
 def _failure(job, e):
     "One line about a failed notebook, and the exit code."
     import papermill
@@ -177,7 +177,7 @@ def _failure(job, e):
         return f"histodiffusion: the disk is full at {job.executed}: free some space and run it again.", 2
     return f"{job.notebook} failed: {type(e).__name__}: {e} (see {job.executed})", 1
 
-# %% ../nbs/library/16_reproduce.ipynb #220f573e
+# %% ../nbs/library/16_reproduce.ipynb #a8ce0a0b
 def execute_notebook(
     job:Job,
     out=None, # text stream for the notebook's output; None: standard output
@@ -200,7 +200,7 @@ def execute_notebook(
     print(f"[{job.place}] done in {duration(time.time() - start)}", file=out, flush=True)
     return 0
 
-# %% ../nbs/library/16_reproduce.ipynb #92dd8698
+# %% ../nbs/library/16_reproduce.ipynb #e83f62ec
 def plan_from_config(
     config:dict, # Snakemake's: keys of Run.parameters, and 'seeds'
 ) -> list: # of Job
@@ -219,7 +219,7 @@ def job_command(
     "The shell command that executes one job of a plan, whose name comes last."
     return shlex.join([sys.executable, "-m", "histodiffusion.reproduce", json.dumps(config), *filter(None, [name])])
 
-# %% ../nbs/library/16_reproduce.ipynb #ceddfdaa
+# %% ../nbs/library/16_reproduce.ipynb #6689b1b3
 def snakemake_command(
     config_file, # JSON file with the keys of plan_from_config
     cores:int, # processor cores to use, >= 1
@@ -238,7 +238,7 @@ def _in_turn(run, jobs, env):
         if code := subprocess.run(command, env=env, cwd=load_settings().root).returncode: return code
     return 0
 
-# %% ../nbs/library/16_reproduce.ipynb #15e8a6ac
+# %% ../nbs/library/16_reproduce.ipynb #11009a61
 def _end(process):
     "End a process that was interrupted, and all that it started."
     for sign in (signal.SIGINT, signal.SIGKILL):
@@ -266,7 +266,7 @@ def _launch(run, jobs, cores):
     if code and not told: print("".join(log.read_text().splitlines(keepends=True)[-15:]), file=sys.stderr)
     return max(told, default=1) if code else 0
 
-# %% ../nbs/library/16_reproduce.ipynb #8232ee6f
+# %% ../nbs/library/16_reproduce.ipynb #9af89ef2
 def _all_cores():
     "Number of cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -300,7 +300,7 @@ def _show(run):
     print(f"\nTable 1   {_path(run.results/'table_1.csv')}\nFigure 2  {_path(run.figures/'figure_2.svg')}")
     return 0
 
-# %% ../nbs/library/16_reproduce.ipynb #aa4f53a7
+# %% ../nbs/library/16_reproduce.ipynb #c652f12a
 def main(
     argv:list, # the plan's configuration as JSON, and the name of a job
 ) -> int: # exit code

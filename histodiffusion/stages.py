@@ -7,7 +7,7 @@ __all__ = ['ADAPTATIONS', 'METHODS', 'pretraining_data', 'target_data', 'read_po
            'diffusion', 'load_autoencoder', 'adapt', 'synthesize', 'read_synthetic', 'backbone_config', 'select',
            'augment', 'table_1', 'class_examples', 'figure_2']
 
-# %% ../nbs/library/15_stages.ipynb #ce0490e4
+# %% ../nbs/library/15_stages.ipynb #3cbb5801
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from .sampling import load_pipeline, save_pipeline, synthesize_patches
 from .selection import class_centroids, select_patches, selection_report
 from .training import FitConfig
 
-# %% ../nbs/library/15_stages.ipynb #29ecf3f6
+# %% ../nbs/library/15_stages.ipynb #47859f59
 @stage("pretraining_data")
 def pretraining_data(
     run:Run,
@@ -56,7 +56,7 @@ def target_data(
     write_json(folder/"manifest.json", dict(name=patches.name, classes=patches.classes, counts=patches.counts(),
                                             labels=patches.labels.tolist(), keys=patches.keys, splits=splits))
 
-# %% ../nbs/library/15_stages.ipynb #e3d78207
+# %% ../nbs/library/15_stages.ipynb #8db1891e
 def read_pool(
     run:Run,
 ) -> np.ndarray: # (N, H, W, C) uint8
@@ -80,7 +80,7 @@ def read_labelled(
     train = read_split(run, "train")
     return train.subset(labelled_fraction(train.labels, train.keys, run.label_fraction, run.seed, train.classes))
 
-# %% ../nbs/library/15_stages.ipynb #7a2d96de
+# %% ../nbs/library/15_stages.ipynb #15bb587b
 @stage("autoencoder")
 def autoencoder(
     run:Run,
@@ -98,7 +98,7 @@ def autoencoder(
     write_json(folder/"metrics.json", dict(psnr_held_out=psnr(back, pool[-held:]), held_out=held, history=fitted.history,
                                            training_seconds=fitted.seconds))
 
-# %% ../nbs/library/15_stages.ipynb #6c8e3c7f
+# %% ../nbs/library/15_stages.ipynb #a0e5f2c2
 @stage("diffusion")
 def diffusion(
     run:Run,
@@ -127,7 +127,7 @@ def load_autoencoder(
     from diffusers import AutoencoderKL
     return AutoencoderKL.from_pretrained(run.folder("autoencoder")/"model")
 
-# %% ../nbs/library/15_stages.ipynb #231fb633
+# %% ../nbs/library/15_stages.ipynb #df790c88
 @stage("adapt")
 def adapt(
     run:Run,
@@ -141,13 +141,15 @@ def adapt(
     torch.manual_seed(seed)
     classifier = train_latent_classifier(
         latents, classifier_from_unet(unet, len(labelled.classes)), schedule, c.classifier_batch, c.classifier_mode,
-        FitConfig(c.classifier_steps, c.classifier_lr, .05, c.classifier_steps//20, seed=seed, precision=c.precision), folder/"classifier")
+        FitConfig(c.classifier_steps, c.classifier_lr, .05, c.classifier_steps//20, seed=seed, precision=c.precision),
+        folder/"classifier")
     tuned = _fine_tune(run, latents, unet, schedule, seed, folder)
     save_pipeline(folder/"model", vae, tuned.model if tuned else unet, classifier.model)
     by_noise = accuracy_by_noise(classifier.model, encode_patches(vae, validation.images)[0], validation.labels, schedule=schedule)
     write_json(folder/"metrics.json", dict(
         labelled=labelled.counts(), validation_accuracy_by_noise=by_noise, classifier_history=classifier.history,
-        finetune_history=tuned.history if tuned else [], classifier_seconds=classifier.seconds, finetune_seconds=tuned.seconds if tuned else 0))
+        finetune_history=tuned.history if tuned else [], classifier_seconds=classifier.seconds,
+        finetune_seconds=tuned.seconds if tuned else 0))
 
 def _fine_tune(run, latents, unet, schedule, seed, folder):
     "The U-Net, trained on with the labelled patches; None when the profile asks for no steps."
@@ -156,7 +158,7 @@ def _fine_tune(run, latents, unet, schedule, seed, folder):
     config = FitConfig(c.finetune_steps, c.finetune_lr, warmup=c.finetune_steps//20, ema_half_life=.1, seed=seed, precision=c.precision)
     return train_diffusion(latents, unet, schedule, c.diffusion_batch, c.min_snr_gamma, config, folder/"finetune", "fine-tuning")
 
-# %% ../nbs/library/15_stages.ipynb #a2bef90a
+# %% ../nbs/library/15_stages.ipynb #b61b8754
 ADAPTATIONS = ("guidance_only", "finetuned")
 
 @stage("synthesize")
@@ -185,7 +187,7 @@ def read_synthetic(
     if adaptation == "finetuned" and not path.exists(): path = path.with_name("guidance_only.safetensors")
     return {k: v.numpy() for k, v in load_tensors(path).items()}
 
-# %% ../nbs/library/15_stages.ipynb #e151ddcb
+# %% ../nbs/library/15_stages.ipynb #c8e898dc
 def backbone_config(
     run:Run,
     augmentation:str="d4", # or 'standard'
@@ -205,7 +207,7 @@ def _judge(run, labelled, folder):
     net.load_state_dict(load_tensors(path))
     return net.eval()
 
-# %% ../nbs/library/15_stages.ipynb #8419facd
+# %% ../nbs/library/15_stages.ipynb #701df16a
 @stage("select")
 def select(
     run:Run,
@@ -220,9 +222,11 @@ def select(
     for name in ADAPTATIONS if c.finetune_steps else ADAPTATIONS[:1]:
         s = read_synthetic(run, name)
         seen = dict(features=backbone_features(judge, s["images"]), centroids=centroids, probabilities=predict(judge, s["images"]))
-        rule = lambda r: select_patches(s["labels"], wanted, r, threshold=c.selection_threshold, seed=run.seed, **seen)
-        chosen[name] = dict(random=rule("random").tolist(), selected=rule(c.selection_rule).tolist())
-        report = selection_report(s["labels"], np.array(chosen[name]["selected"], int), labelled.classes, threshold=c.selection_threshold, **seen)
+        chosen[name] = {
+            kind: select_patches(s["labels"], wanted, rule, threshold=c.selection_threshold, seed=run.seed, **seen).tolist()
+            for kind, rule in (("random", "random"), ("selected", c.selection_rule))}
+        report = selection_report(s["labels"], np.array(chosen[name]["selected"], int), labelled.classes,
+                                  threshold=c.selection_threshold, **seen)
         reports.append(report.assign(adaptation=name))
         quality.append(dict(adaptation=name, seed=run.seed, **_quality(run, labelled, s, chosen[name], seen["probabilities"])))
     write_json(folder/"chosen.json", dict(wanted=wanted.tolist(), chosen=chosen))
@@ -235,11 +239,12 @@ def _quality(run, labelled, s, chosen, probabilities):
     real, synthetic, held = (encode_images(encoder, x) for x in (labelled.images, s["images"], validation.images))
     classes_right = (probabilities.argmax(1) == s["labels"]).mean()
     copies = near_copies(synthetic, real, held)
-    return dict(generated=len(synthetic), kept=len(chosen["selected"]), judge_agreement=float(classes_right),
-                fd_lite0_validation=frechet_distance(synthetic, held), fd_lite0_selected=frechet_distance(synthetic[chosen["selected"]], held)
-                if len(chosen["selected"]) > 1 else float("nan"), near_copy_share=copies["share"])
+    kept = synthetic[chosen["selected"]]
+    return dict(generated=len(synthetic), kept=len(kept), judge_agreement=float(classes_right),
+                fd_lite0_validation=frechet_distance(synthetic, held),
+                fd_lite0_selected=frechet_distance(kept, held) if len(kept) > 1 else float("nan"), near_copy_share=copies["share"])
 
-# %% ../nbs/library/15_stages.ipynb #d30ab859
+# %% ../nbs/library/15_stages.ipynb #31687db7
 def _extra(run, kind):
     "Chosen synthetic patches and their labels; none at all where nothing was kept."
     chosen = read_json(run.folder("select")/"chosen.json")["chosen"]
@@ -263,14 +268,15 @@ def augment(
         if not part.exists():
             extra = _extra(run, kind) if kind else (None, None)
             net = _judge(run, labelled, run.folder("select")) if method == "real" else train_backbone(
-                labelled.images, labelled.labels, len(labelled.classes), backbone_config(run, augmentation), *extra, desc=f"backbone ({method})")
+                labelled.images, labelled.labels, len(labelled.classes), backbone_config(run, augmentation), *extra,
+                desc=f"backbone ({method})")
             save_tensors(part, dict(probabilities=predict(net, test.images)))
         posteriors[method] = load_tensors(part)["probabilities"].numpy()
         rows.append(dict(method=method, ratio=run.config.ratio if kind else 0., label_fraction=run.label_fraction, seed=run.seed,
                          **classification_metrics(test.labels, posteriors[method])))
     write_table(pd.DataFrame(rows), folder/"rows")
 
-# %% ../nbs/library/15_stages.ipynb #9972e3e8
+# %% ../nbs/library/15_stages.ipynb #e8182fb2
 @stage("table_1")
 def table_1(
     run:Run,
@@ -288,7 +294,7 @@ def table_1(
     classes = pd.concat(pd.read_csv(r.folder("select")/"selection.csv").assign(seed=r.seed) for r in runs)
     write_table(classes, run.results/"selection", "Candidates that passed each rule, by class and seed.")
 
-# %% ../nbs/library/15_stages.ipynb #cf0ea3ed
+# %% ../nbs/library/15_stages.ipynb #609b361c
 def class_examples(
     images:np.ndarray, # (N, H, W, C) uint8
     labels:np.ndarray, # (N,)
