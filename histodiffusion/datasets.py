@@ -8,7 +8,7 @@ __all__ = ['REGISTRY', 'IMAGE_SUFFIXES', 'SPLITS', 'PRETRAINING', 'DatasetInfo',
            'to_grey', 'split_patches', 'labelled_fraction', 'images_to_tensor', 'tensor_to_images', 'cut_patch',
            'pool_counts', 'unlabelled_pool', 'default_pretraining']
 
-# %% ../nbs/library/02_datasets.ipynb #a4dd29ab
+# %% ../nbs/library/02_datasets.ipynb #a345315d
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from PIL import Image
 from .core import HistoDiffusionError, derive_seed, hash_object, load_settings, progress
 from .phantom import LABORATORIES, PHANTOM_CLASSES, phantom_patches
 
-# %% ../nbs/library/02_datasets.ipynb #0959a956
+# %% ../nbs/library/02_datasets.ipynb #bc667824
 @dataclass(frozen=True)
 class DatasetInfo:
     "What is known of a data set before it is opened."
@@ -31,7 +31,7 @@ class DatasetInfo:
     source: str # collection it was taken from
     labelled: bool # whether the folders below it are classes
 
-# %% ../nbs/library/02_datasets.ipynb #0801f10e
+# %% ../nbs/library/02_datasets.ipynb #036765e0
 REGISTRY = {d.name: d for d in (
     DatasetInfo("kather2016-grey64", "Kather 2016 textures, greyscale, 64 px", 1, (64,), "CC BY 4.0", "kather2016", True),
     DatasetInfo("kather2016-colour", "Kather 2016 textures, colour twins", 3, (96, 150), "CC BY 4.0", "kather2016", True),
@@ -45,7 +45,7 @@ REGISTRY = {d.name: d for d in (
 )}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 
-# %% ../nbs/library/02_datasets.ipynb #b4fcd965
+# %% ../nbs/library/02_datasets.ipynb #138e56d5
 def _find_folder(spec):
     "The folder behind a `folder:` or registry name."
     if spec.startswith("folder:"):
@@ -62,7 +62,7 @@ def _find_folder(spec):
         raise HistoDiffusionError(f"The mirror {mirror} has no folder '{spec}': check HISTODIFFUSION_DATA_MIRROR.")
     return mirror/spec
 
-# %% ../nbs/library/02_datasets.ipynb #beee8aa8
+# %% ../nbs/library/02_datasets.ipynb #2bbffeab
 def list_images(
     spec:str, # `folder:PATH` or a registry name
 ) -> list: # image paths, sorted
@@ -73,7 +73,7 @@ def list_images(
         raise HistoDiffusionError(f"No image ({', '.join(IMAGE_SUFFIXES)}) lies below {folder}: check the path.")
     return files
 
-# %% ../nbs/library/02_datasets.ipynb #a3e07b17
+# %% ../nbs/library/02_datasets.ipynb #5f992f31
 def parse_phantom(
     spec:str, # 'phantom:LABORATORY[:N[:SEED]]'
 ) -> tuple: # laboratory, number of patches, seed
@@ -87,7 +87,7 @@ def parse_phantom(
         raise HistoDiffusionError(f"'{spec}' has fewer patches than classes: ask for at least {len(PHANTOM_CLASSES)}.")
     return laboratory, n, seed
 
-# %% ../nbs/library/02_datasets.ipynb #287955a4
+# %% ../nbs/library/02_datasets.ipynb #93d2bffc
 def dataset_channels(
     spec:str, # name of a set
 ) -> int: # 1 or 3
@@ -107,7 +107,7 @@ def read_image(
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise HistoDiffusionError(f"{path} is corrupt ({e}): repair or remove it, or pass --skip-corrupt.") from e
 
-# %% ../nbs/library/02_datasets.ipynb #2b958a23
+# %% ../nbs/library/02_datasets.ipynb #f1838746
 def dataset_fingerprint(
     spec:str, # name of a set
 ) -> str: # 16 hexadecimal digits
@@ -117,7 +117,7 @@ def dataset_fingerprint(
     rows = [(str(p.relative_to(folder)), p.stat().st_size) for p in list_images(spec)]
     return hash_object(rows)[:16]
 
-# %% ../nbs/library/02_datasets.ipynb #e97fd391
+# %% ../nbs/library/02_datasets.ipynb #a18a70ce
 @dataclass
 class PatchSet:
     "Patches of one size in memory, with labels where there are any."
@@ -134,7 +134,7 @@ class PatchSet:
         return PatchSet(self.images[i], self.labels[i], self.classes, [self.keys[j] for j in i], self.name)
     def counts(self): return {c: int((self.labels == k).sum()) for k, c in enumerate(self.classes)}
 
-# %% ../nbs/library/02_datasets.ipynb #451d4143
+# %% ../nbs/library/02_datasets.ipynb #c94904c2
 def content_key(
     image:np.ndarray, # (H, W) or (H, W, C) uint8
 ) -> str: # 32 hexadecimal digits
@@ -150,7 +150,7 @@ def _square(image, size, channels):
         image = image.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))
     return np.asarray(image).reshape(size, size, channels)
 
-# %% ../nbs/library/02_datasets.ipynb #8b989795
+# %% ../nbs/library/02_datasets.ipynb #f226336d
 def load_patches(
     spec:str, # name of a labelled set
     size:int=64, # side of the patches, px
@@ -177,7 +177,7 @@ def load_patches(
         labels.append(classes.index(p.relative_to(folder).parts[0]))
     return PatchSet(np.stack(images), np.array(labels), classes, keys, spec)
 
-# %% ../nbs/library/02_datasets.ipynb #ffc2d264
+# %% ../nbs/library/02_datasets.ipynb #8db60371
 def to_grey(
     images:np.ndarray, # (N, H, W, 3) uint8
 ) -> np.ndarray: # (N, H, W, 1) uint8
@@ -192,7 +192,7 @@ def _load_phantom(spec, size, channels):
     keys = [content_key(im) for im in images]
     return PatchSet(to_grey(images) if channels == 1 else images, labels.astype(np.int64), PHANTOM_CLASSES, keys, spec)
 
-# %% ../nbs/library/02_datasets.ipynb #80ca206c
+# %% ../nbs/library/02_datasets.ipynb #9ff9c685
 SPLITS = dict(train=(0., .6), validation=(.6, .7), test=(.7, 1.))
 
 def split_patches(
@@ -202,7 +202,7 @@ def split_patches(
     u = np.array([int(k[:12], 16)/16**12 for k in keys])
     return {name: np.flatnonzero((u >= a) & (u < b)) for name, (a, b) in SPLITS.items()}
 
-# %% ../nbs/library/02_datasets.ipynb #94bcb27e
+# %% ../nbs/library/02_datasets.ipynb #4362fed4
 def labelled_fraction(
     labels:np.ndarray, # (N,) int64 labels of the training patches
     keys:list, # (N,) content keys
@@ -224,7 +224,7 @@ def labelled_fraction(
         chosen.append(members[np.argsort(rank[members], kind="stable")[:n]])
     return np.sort(np.concatenate(chosen))
 
-# %% ../nbs/library/02_datasets.ipynb #98e86789
+# %% ../nbs/library/02_datasets.ipynb #e4b0d665
 def images_to_tensor(
     images:np.ndarray, # (N, H, W, C) uint8
 ): # (N, C, H, W) float32 tensor in [-1, 1]
@@ -238,7 +238,7 @@ def tensor_to_images(
     "A tensor as patches, clipped to the range of 8 bits."
     return x.detach().float().cpu().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
-# %% ../nbs/library/02_datasets.ipynb #b4950ad7
+# %% ../nbs/library/02_datasets.ipynb #c53819b4
 def _fields(spec, image_side, size):
     "Sides of the squares cut from an image, px."
     known = REGISTRY[spec].fields if spec in REGISTRY else tuple(int(size*m) for m in (1, 1.5, 2.25, 4))
@@ -259,7 +259,7 @@ def cut_patch(
     gamma, gain = np.exp(tone*rng.normal(size=2)*[1., .35])
     return np.clip(255*np.clip(a/255*gain, 0, 1)**gamma, 0, 255).astype(np.uint8)
 
-# %% ../nbs/library/02_datasets.ipynb #b3eb4c04
+# %% ../nbs/library/02_datasets.ipynb #d54c319f
 def _area(spec):
     "Number of files and pixels of a set, from the size of its first image."
     if spec.startswith("phantom:"): n = parse_phantom(spec)[1]; return n, 64*64*n
@@ -280,7 +280,7 @@ def pool_counts(
         root[s] = (area/np.median(fields)**2)**.5
     return {s: max(1, int(round(total*r/sum(root.values())))) for s, r in root.items()}
 
-# %% ../nbs/library/02_datasets.ipynb #b942058f
+# %% ../nbs/library/02_datasets.ipynb #4d9d4c80
 def _sources(spec, skip_corrupt, seed):
     "The images of a set in random order, over and over."
     rng = np.random.default_rng(derive_seed("order", spec, seed))
@@ -301,7 +301,7 @@ def _sources(spec, skip_corrupt, seed):
             yield image
         if not good: raise HistoDiffusionError(f"'{spec}' has no readable image: check the folder.")
 
-# %% ../nbs/library/02_datasets.ipynb #4be9e570
+# %% ../nbs/library/02_datasets.ipynb #5d11d3c9
 def unlabelled_pool(
     specs, # names of the pre-training sets
     total:int, # number of patches
@@ -325,7 +325,7 @@ def unlabelled_pool(
         bar.close()
     return np.stack(images), np.array(origin)
 
-# %% ../nbs/library/02_datasets.ipynb #49a821ce
+# %% ../nbs/library/02_datasets.ipynb #1384f871
 PRETRAINING = ("pcam", "crc-polyps", "monuseg", "tcga-ut", "lc25000", "breakhis")
 
 def default_pretraining(
@@ -335,6 +335,6 @@ def default_pretraining(
     mirror = load_settings().data_mirror
     if target.startswith("phantom:") or (target.startswith("folder:") and mirror is None):
         own = parse_phantom(target)[0] if target.startswith("phantom:") else None
-        return tuple(f"phantom:{lab}" for lab in LABORATORIES if lab not in (own, "target"))
+        return tuple(f"phantom:{lab}:450" for lab in LABORATORIES if lab not in (own, "target"))
     source = REGISTRY[target].source if target in REGISTRY else None
     return tuple(s for s in PRETRAINING if REGISTRY[s].source != source)

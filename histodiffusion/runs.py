@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'FORMAT', 'StageSpec', 'upstream_of', 'downstream_of', 'sta
            'stage_home', 'provenance_path', 'is_done', 'commit_of', 'machine', 'provenance', 'StageConfig', 'inside',
            'stage_folder', 'command_of', 'stage', 'forget']
 
-# %% ../nbs/library/14_runs.ipynb #3198f1bc
+# %% ../nbs/library/14_runs.ipynb #5fd66685
 import contextlib, copy, functools, importlib.metadata, os, platform, re, shlex, shutil, subprocess, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from .core import HistoDiffusionError, hash_object, load_settings, read_json, wr
 from .datasets import REGISTRY, dataset_channels, dataset_fingerprint, default_pretraining, parse_phantom
 from .profiles import Profile, get_profile
 
-# %% ../nbs/library/14_runs.ipynb #26febdd4
+# %% ../nbs/library/14_runs.ipynb #37442ed4
 @dataclass(frozen=True)
 class StageSpec:
     "What one stage reads and makes."
@@ -37,7 +37,7 @@ class StageSpec:
     @property
     def notebook(self): return f"nbs/experiments/{self.name}.ipynb"
 
-# %% ../nbs/library/14_runs.ipynb #5f811758
+# %% ../nbs/library/14_runs.ipynb #348f42b8
 _SHARED = (
     StageSpec("pretraining_data", "cut the pool of unlabelled patches", "the pool of patches", "pretrain",
               data="pretraining", fields=("image_size", "pretrain_patches"), per_seed=False),
@@ -53,7 +53,7 @@ _SHARED = (
               fields=("unet_channels", "unet_layers", "unet_attention", "prediction", "min_snr_gamma",
                       "diffusion_steps", "diffusion_batch", "diffusion_lr", "precision")))
 
-# %% ../nbs/library/14_runs.ipynb #818b7a76
+# %% ../nbs/library/14_runs.ipynb #39854d47
 _BACKBONE = ("backbone", "backbone_steps", "backbone_batch", "backbone_lr")
 _ADAPTED = (
     StageSpec("adapt", "fine-tune the prior on the labelled patches, train the latent classifier",
@@ -77,7 +77,7 @@ _FINAL = (
               outputs=("figure_2.svg", "figure_2.png"), place="figures"))
 STAGES: dict[str, StageSpec] = {s.name: s for s in (*_SHARED, *_ADAPTED, *_FINAL)}
 
-# %% ../nbs/library/14_runs.ipynb #bb321c07
+# %% ../nbs/library/14_runs.ipynb #3ac34779
 def upstream_of(
     stage:str, # name in STAGES
 ) -> list: # names, in order, `stage` last
@@ -97,7 +97,7 @@ def stage_fields(
     "The knobs that a stage's key covers: its own, and those of all stages before it."
     return {f for s in upstream_of(stage) for f in STAGES[s].fields}
 
-# %% ../nbs/library/14_runs.ipynb #3ce41578
+# %% ../nbs/library/14_runs.ipynb #e1e94f53
 @dataclass(frozen=True)
 class Run:
     "One profile, one labelled set, one seed."
@@ -125,7 +125,7 @@ class Run:
             raise HistoDiffusionError(f"seed is {self.seed!r}: give a whole number of 0 or more.")
         _refuse_leak(self)
 
-# %% ../nbs/library/14_runs.ipynb #197b184f
+# %% ../nbs/library/14_runs.ipynb #90e3a087
 def _full_name(spec):
     "A data set's name, checked; folders become absolute."
     if spec.startswith("phantom:"): parse_phantom(spec)
@@ -136,7 +136,8 @@ def _full_name(spec):
     return spec
 
 def _source(spec):
-    "What two sets must not share: the collection, or for unknown ones the name."
+    "What two sets must not share: the collection, the phantom's laboratory, or for unknown ones the name."
+    if spec.startswith("phantom:"): return f"phantom:{parse_phantom(spec)[0]}"
     return REGISTRY[spec].source if spec in REGISTRY else spec
 
 def _refuse_leak(run):
@@ -146,7 +147,7 @@ def _refuse_leak(run):
             raise HistoDiffusionError(f"Pre-training set '{s}' shares its images with the target '{run.dataset}', so "
                                       "test patches would be learnt from: leave it out of --pretrain-sets.")
 
-# %% ../nbs/library/14_runs.ipynb #656c6cf8
+# %% ../nbs/library/14_runs.ipynb #6edf7acc
 @patch(as_prop=True)
 def parameters(self:Run):
     "The run as JSON can hold it."
@@ -167,7 +168,7 @@ def with_seed(self:Run,
     "The same run with another seed."
     return self._copy(seed=seed)
 
-# %% ../nbs/library/14_runs.ipynb #dc693baa
+# %% ../nbs/library/14_runs.ipynb #ecc97f77
 @patch
 def fingerprint(self:Run,
     spec:str, # the target or a pre-training set
@@ -182,7 +183,7 @@ def channels(self:Run):
     if "channels" not in self._known: self._known["channels"] = dataset_channels(self.dataset)
     return self._known["channels"]
 
-# %% ../nbs/library/14_runs.ipynb #ad7a6e6a
+# %% ../nbs/library/14_runs.ipynb #4749a01d
 def _slug(spec):
     "A data set's name as a folder's name; folders of one name but different places stay apart."
     word = lambda s: re.sub(r"[^a-z0-9]+", "-", s.lower()).strip("-")
@@ -203,7 +204,7 @@ def figures(self:Run):
     "Folder of the figures."
     return load_settings().figures_path/self.profile/self.name
 
-# %% ../nbs/library/14_runs.ipynb #f928826f
+# %% ../nbs/library/14_runs.ipynb #d4b9d0fd
 FORMAT = 1
 
 def stage_inputs(
@@ -231,7 +232,7 @@ def stage_key(
         channels=run.channels if sets else None,
         labels=(run.seed, run.label_fraction) if spec.per_seed else None))[:10]
 
-# %% ../nbs/library/14_runs.ipynb #04334bfc
+# %% ../nbs/library/14_runs.ipynb #a19d9987
 def stage_home(
     run:Run,
     stage:str, # name in STAGES
@@ -260,7 +261,7 @@ def is_done(
 
 Run.key, Run.folder, Run.done, Run.inputs = stage_key, stage_home, is_done, stage_inputs
 
-# %% ../nbs/library/14_runs.ipynb #2011595f
+# %% ../nbs/library/14_runs.ipynb #3ce6e5ea
 _PACKAGES = ("torch", "diffusers", "timm", "accelerate", "numpy", "scikit-learn", "histodiffusion")
 
 def _git(root, *args):
@@ -282,7 +283,7 @@ def _version(package):
     try: return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError: return "not installed"
 
-# %% ../nbs/library/14_runs.ipynb #b08b3c9d
+# %% ../nbs/library/14_runs.ipynb #f84ca501
 def machine() -> dict: # cpu, cores, threads, device, system
     "Processor, cores and the device that torch used."
     info = Path("/proc/cpuinfo")
@@ -309,7 +310,7 @@ def provenance(
                 knobs={k: v for k, v in run.knobs.knobs().items() if k in stage_fields(stage)},
                 seconds=round(seconds, 2), machine=machine(), date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
-# %% ../nbs/library/14_runs.ipynb #ede97107
+# %% ../nbs/library/14_runs.ipynb #b795bda2
 class StageConfig:
     "The knobs that one stage may read."
     def __init__(self,
@@ -333,7 +334,7 @@ def inside(
     seed = run.seed if spec.per_seed else 0 if spec.seeds == "own" else run.knobs.seeds[0]
     return run._copy(seed=seed, config=StageConfig(run.knobs, stage))
 
-# %% ../nbs/library/14_runs.ipynb #51d977f3
+# %% ../nbs/library/14_runs.ipynb #dd071d7c
 class _Attempt:
     "Clock and lock of a stage, in a hidden folder beside the artefacts."
     def __init__(self, run, stage):
@@ -366,7 +367,7 @@ class _Attempt:
             else: write_json(self.clock, dict(seconds=self.seconds(), started=None))
         self.lock.close()
 
-# %% ../nbs/library/14_runs.ipynb #d9536866
+# %% ../nbs/library/14_runs.ipynb #6ba6d676
 def _full_disk(e):
     "Whether an error says that the disk is full."
     return getattr(e, "errno", None) == 28 or "No space left on device" in str(e)
@@ -396,7 +397,7 @@ def stage_folder(
                                   "and give the same command again, which continues where this one stopped.") from e
     finally: attempt.close(done)
 
-# %% ../nbs/library/14_runs.ipynb #b035be85
+# %% ../nbs/library/14_runs.ipynb #7232c7a8
 def command_of(
     run:Run,
     verb:str, # subcommand of `histodiffusion`
@@ -432,7 +433,7 @@ def stage(
     if name not in STAGES: raise HistoDiffusionError(f"Unknown stage '{name}': use one of {', '.join(STAGES)}.")
     return decorate
 
-# %% ../nbs/library/14_runs.ipynb #52128b26
+# %% ../nbs/library/14_runs.ipynb #59059a0a
 def forget(
     run:Run,
     stage:str, # name in STAGES
