@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PROFILES', 'DataKnobs', 'PriorKnobs', 'TargetKnobs', 'Profile', 'get_profile', 'parse_override']
 
-# %% ../nbs/library/13_profiles.ipynb #19c6117b
+# %% ../nbs/library/13_profiles.ipynb #8d8714e3
 from dataclasses import asdict, dataclass, field, replace
 
 from .core import HistoDiffusionError
 
-# %% ../nbs/library/13_profiles.ipynb #c586f831
+# %% ../nbs/library/13_profiles.ipynb #d2f20db7
 @dataclass(frozen=True)
 class DataKnobs:
     "What is read and at which size."
@@ -40,7 +40,7 @@ class PriorKnobs:
     diffusion_batch: int = 32 # latents per step
     diffusion_lr: float = 1e-3 # peak learning rate
 
-# %% ../nbs/library/13_profiles.ipynb #ddbb9f99
+# %% ../nbs/library/13_profiles.ipynb #79a6420f
 @dataclass(frozen=True)
 class TargetKnobs:
     "Adaptation to the labelled set, sampling, selection and the backbone."
@@ -64,7 +64,7 @@ class TargetKnobs:
     ratio: float = 1. # synthetic over real labelled patches, > 0
     precision: str = "no" # 'no' (fp32), 'bf16' or 'fp16'
 
-# %% ../nbs/library/13_profiles.ipynb #bc200a2a
+# %% ../nbs/library/13_profiles.ipynb #7d1902c5
 @dataclass(frozen=True)
 class Profile(TargetKnobs, PriorKnobs, DataKnobs):
     "All knobs of a run."
@@ -77,13 +77,13 @@ class Profile(TargetKnobs, PriorKnobs, DataKnobs):
 
 _LABELS = ("name", "description", "tried", "expected")
 
-# %% ../nbs/library/13_profiles.ipynb #475e08e5
+# %% ../nbs/library/13_profiles.ipynb #a7b0829b
 _SMALL = dict(
     name="small", description="real tissue on two CPU cores",
-    pretrain_patches=40_000, label_fraction=.05, seeds=(0, 1, 2),
+    pretrain_patches=30_000, label_fraction=.05, seeds=(0, 1, 2),
     autoencoder_channels=(32, 64, 128), autoencoder_steps=2000, autoencoder_batch=16, autoencoder_lr=1e-3,
     unet_channels=(64, 128, 256), unet_attention=(False, True, True), diffusion_steps=5000, diffusion_lr=5e-4,
-    finetune_steps=500, classifier_steps=400, sampler_steps=25, samples_per_class=50, backbone_steps=400, backbone_batch=64)
+    finetune_steps=400, classifier_steps=400, sampler_steps=20, samples_per_class=50, backbone_steps=400, backbone_batch=64)
 _GPU = _SMALL | dict(
     name="gpu", description="one GPU, a day; untried", seeds=(0, 1, 2, 3, 4), pretrain_patches=400_000,
     autoencoder_channels=(64, 128, 256), autoencoder_layers=2, autoencoder_steps=40_000, autoencoder_batch=64,
@@ -92,7 +92,7 @@ _GPU = _SMALL | dict(
     classifier_steps=3000, classifier_batch=128, sampler_steps=50, samples_per_class=600,
     backbone="resnet18", backbone_steps=3000, backbone_batch=128, backbone_lr=1e-3, precision="bf16")
 
-# %% ../nbs/library/13_profiles.ipynb #f1a620f6
+# %% ../nbs/library/13_profiles.ipynb #25ae128c
 _PAPER = _GPU | dict(
     name="paper", description="the reference's published sizes, several GPU days; untried",
     image_size=256, pretrain_patches=1_000_000, autoencoder_channels=(128, 256, 512), latent_channels=3,
@@ -104,7 +104,7 @@ _PAPER = _GPU | dict(
 
 PROFILES: dict[str, Profile] = {p.name: p for p in (Profile(), *(Profile(**k) for k in (_SMALL, _GPU, _PAPER)))}
 
-# %% ../nbs/library/13_profiles.ipynb #0dec381d
+# %% ../nbs/library/13_profiles.ipynb #e3f2dce3
 _CHOICES = dict(prediction=("epsilon", "v_prediction"), classifier_mode=("noise_aware", "clean"),
                 precision=("no", "bf16", "fp16"), selection_rule=("centroid", "confidence", "both", "random"))
 
@@ -120,7 +120,7 @@ def _as_type(name, value, like):
         raise HistoDiffusionError(f"{name} is '{value}': use one of {', '.join(_CHOICES[name])}.")
     return value
 
-# %% ../nbs/library/13_profiles.ipynb #bb7e077a
+# %% ../nbs/library/13_profiles.ipynb #78e2ecd9
 def _check(p):
     "Refuse values that no run can use."
     downs = len(p.autoencoder_channels) + len(p.unet_channels) - 2
@@ -142,7 +142,7 @@ def _check(p):
         if wrong: raise HistoDiffusionError(f"Profile '{p.name}' cannot run: {sentence}.")
     return p
 
-# %% ../nbs/library/13_profiles.ipynb #e3b21554
+# %% ../nbs/library/13_profiles.ipynb #231ddbec
 def get_profile(
     name:str="smoke", # smoke, small, gpu or paper
     **overrides, # knobs to change, by name
@@ -157,7 +157,7 @@ def get_profile(
     changed = {k: _as_type(k, v, knobs[k]) for k, v in overrides.items()}
     return _check(replace(p, **changed))
 
-# %% ../nbs/library/13_profiles.ipynb #81dfd81e
+# %% ../nbs/library/13_profiles.ipynb #2c999d18
 def parse_override(
     text:str, # 'KEY=VALUE'; a list is written with commas
 ) -> tuple: # field name and typed value
