@@ -6,7 +6,7 @@
 __all__ = ['Job', 'plan', 'work', 'estimate', 'duration', 'describe_plan', 'execute_notebook', 'plan_from_config', 'job_command',
            'snakemake_command', 'reproduce', 'main']
 
-# %% ../nbs/library/16_reproduce.ipynb #67b22270
+# %% ../nbs/library/16_reproduce.ipynb #ba9fc96c
 import contextlib, json, math, os, shlex, shutil, signal, subprocess, sys, tempfile, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from .phantom import PHANTOM_CLASSES
 from .profiles import get_profile
 from .runs import STAGES, Run, forget, machine, provenance_path, upstream_of
 
-# %% ../nbs/library/16_reproduce.ipynb #709e2f93
+# %% ../nbs/library/16_reproduce.ipynb #b1a1abb8
 @dataclass(frozen=True)
 class Job:
     "One notebook to execute."
@@ -38,7 +38,7 @@ def _path(path):
     path, root = Path(path), load_settings().root
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
-# %% ../nbs/library/16_reproduce.ipynb #f88c83ba
+# %% ../nbs/library/16_reproduce.ipynb #dd44ee95
 def _jobs_of(run, targets):
     "(stage, run with its seed) of every job, in order."
     wanted = [s for s in STAGES if any(s in upstream_of(t) for t in targets)]
@@ -67,7 +67,7 @@ def _job(stage, run, place):
                executed=_path(run.results/"notebooks"/f"{stage}{tag}.ipynb"), key=run.key(stage), done=run.done(stage),
                alone=not (spec.per_seed and run.profile == "smoke"), place=place)
 
-# %% ../nbs/library/16_reproduce.ipynb #255c3b9f
+# %% ../nbs/library/16_reproduce.ipynb #cd7a5360
 def _network(widths, layers, side):
     "Places times squared channels, summed over levels, and parameters."
     cost = sum((side/2**i)**2*c*c for i, c in enumerate(widths))*(2*layers + 1)/3
@@ -79,7 +79,7 @@ def _count(spec):
     files = list_images(spec)
     return len(files), len({p.parent for p in files})
 
-# %% ../nbs/library/16_reproduce.ipynb #426f2512
+# %% ../nbs/library/16_reproduce.ipynb #463a45b6
 def work(
     knobs:dict, # knobs of a profile
     patches:int, # of the labelled set
@@ -104,7 +104,7 @@ def work(
                 synthesize=(2*new*(.8*unet*k.sampler_steps + whole), 6*k.image_size**2*new),
                 select=(training, 2e7), augment=(4*training, 8e7), table_1=(5, 1e5), figure_2=(10, 3e6))
 
-# %% ../nbs/library/16_reproduce.ipynb #6c4168a2
+# %% ../nbs/library/16_reproduce.ipynb #d13f6291
 def _pace(counts):
     "Measured over computed seconds, for each stage that was made before."
     pace = {}
@@ -127,7 +127,7 @@ def estimate(
     return {j.name: dict(seconds=8 + todo[j.stage][0]*pace.get(j.stage, faster), bytes=todo[j.stage][1],
                          measured=j.stage in pace) for j in plan(run, seeds)}
 
-# %% ../nbs/library/16_reproduce.ipynb #8cc7dae1
+# %% ../nbs/library/16_reproduce.ipynb #0b47a91d
 def duration(
     seconds:float, # >= 0
 ) -> str:
@@ -160,7 +160,7 @@ def describe_plan(
     return "\n".join([*lines, "", f"{len(left)} of {len(jobs)} stages to make" + (
         f": about {duration(seconds)} and {size/1e6:,.0f} MB (a rough estimate {basis})" if left else "")])
 
-# %% ../nbs/library/16_reproduce.ipynb #bc22a2b9
+# %% ../nbs/library/16_reproduce.ipynb #51cf6427
 def _failure(job, e):
     "One line about a failed notebook, and the exit code."
     import papermill
@@ -177,7 +177,7 @@ def _failure(job, e):
         return f"histodiffusion: the disk is full at {job.executed}: free some space and run it again.", 2
     return f"{job.notebook} failed: {type(e).__name__}: {e} (see {job.executed})", 1
 
-# %% ../nbs/library/16_reproduce.ipynb #a8ce0a0b
+# %% ../nbs/library/16_reproduce.ipynb #557a92e3
 def execute_notebook(
     job:Job,
     out=None, # text stream for the notebook's output; None: standard output
@@ -189,7 +189,7 @@ def execute_notebook(
     print(f"[{job.place}] {STAGES[job.stage].what}{seed}", file=out, flush=True)
     executed = root/job.executed
     executed.parent.mkdir(parents=True, exist_ok=True)
-    os.environ["HISTODIFFUSION_PROGRESS"] = "lines"
+    os.environ |= dict(HISTODIFFUSION_PROGRESS="lines", MPLBACKEND="module://matplotlib_inline.backend_inline")
     try:
         papermill.execute_notebook(root/job.notebook, executed, parameters=job.parameters, cwd=str(root),
                                    progress_bar=False, stdout_file=out, stderr_file=out)
@@ -200,7 +200,7 @@ def execute_notebook(
     print(f"[{job.place}] done in {duration(time.time() - start)}", file=out, flush=True)
     return 0
 
-# %% ../nbs/library/16_reproduce.ipynb #e83f62ec
+# %% ../nbs/library/16_reproduce.ipynb #d9ee09ad
 def plan_from_config(
     config:dict, # Snakemake's: keys of Run.parameters, and 'seeds'
 ) -> list: # of Job
@@ -219,7 +219,7 @@ def job_command(
     "The shell command that executes one job of a plan, whose name comes last."
     return shlex.join([sys.executable, "-m", "histodiffusion.reproduce", json.dumps(config), *filter(None, [name])])
 
-# %% ../nbs/library/16_reproduce.ipynb #6689b1b3
+# %% ../nbs/library/16_reproduce.ipynb #b73659e8
 def snakemake_command(
     config_file, # JSON file with the keys of plan_from_config
     cores:int, # processor cores to use, >= 1
@@ -238,7 +238,7 @@ def _in_turn(run, jobs, env):
         if code := subprocess.run(command, env=env, cwd=load_settings().root).returncode: return code
     return 0
 
-# %% ../nbs/library/16_reproduce.ipynb #11009a61
+# %% ../nbs/library/16_reproduce.ipynb #a494519f
 def _end(process):
     "End a process that was interrupted, and all that it started."
     for sign in (signal.SIGINT, signal.SIGKILL):
@@ -253,7 +253,7 @@ def _launch(run, jobs, cores):
     with tempfile.TemporaryDirectory() as scratch, open(log, "w") as err:
         codes, config = Path(scratch)/"codes", Path(scratch)/"config.json"
         config.write_text(json.dumps(run.parameters))
-        env = os.environ | dict(HISTODIFFUSION_CODES=str(codes), MPLBACKEND="Agg")
+        env = os.environ | dict(HISTODIFFUSION_CODES=str(codes))
         todo = [j for j in jobs if not j.done]
         stale = tuple(j.name for j in todo if all((root/o).exists() for o in j.outputs))
         if sys.version_info < (3, 11): code = _in_turn(run, todo, env)
@@ -266,7 +266,7 @@ def _launch(run, jobs, cores):
     if code and not told: print("".join(log.read_text().splitlines(keepends=True)[-15:]), file=sys.stderr)
     return max(told, default=1) if code else 0
 
-# %% ../nbs/library/16_reproduce.ipynb #9af89ef2
+# %% ../nbs/library/16_reproduce.ipynb #3ebd012d
 def _all_cores():
     "Number of cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -300,7 +300,7 @@ def _show(run):
     print(f"\nTable 1   {_path(run.results/'table_1.csv')}\nFigure 2  {_path(run.figures/'figure_2.svg')}")
     return 0
 
-# %% ../nbs/library/16_reproduce.ipynb #c652f12a
+# %% ../nbs/library/16_reproduce.ipynb #e0b3a916
 def main(
     argv:list, # the plan's configuration as JSON, and the name of a job
 ) -> int: # exit code
