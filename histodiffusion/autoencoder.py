@@ -6,7 +6,7 @@
 __all__ = ['build_autoencoder', 'AutoencoderLoss', 'fold_statistics', 'encode_patches', 'decode_latents', 'psnr',
            'train_autoencoder']
 
-# %% ../nbs/library/04_autoencoder.ipynb #c8746870
+# %% ../nbs/library/04_autoencoder.ipynb #7ec0c6b0
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from .datasets import images_to_tensor, tensor_to_images
 from .features import feature_maps
 from .training import Fit, FitConfig, fit
 
-# %% ../nbs/library/04_autoencoder.ipynb #de91c206
+# %% ../nbs/library/04_autoencoder.ipynb #6c50d90c
 def build_autoencoder(
     channels:int=3, # image channels: 1 grey, 3 RGB
     widths:tuple=(32, 64, 128), # channels per level; f = 2 ** (levels - 1)
@@ -32,7 +32,7 @@ def build_autoencoder(
                          layers_per_block=layers, latent_channels=latent_channels, mid_block_add_attention=False,
                          norm_num_groups=min(16, *widths)//2, scaling_factor=1.)
 
-# %% ../nbs/library/04_autoencoder.ipynb #6fa87974
+# %% ../nbs/library/04_autoencoder.ipynb #1e81c545
 class AutoencoderLoss:
     "L1 + distance in early feature maps of the packaged encoder + KL, on random crops of the patches."
     def __init__(self,
@@ -66,7 +66,7 @@ class AutoencoderLoss:
         with torch.no_grad(): target = self.maps(b)
         return sum((p - q).abs().mean()/(q.abs().mean() + 1e-3) for p, q in zip(self.maps(a), target))
 
-# %% ../nbs/library/04_autoencoder.ipynb #3f4dda73
+# %% ../nbs/library/04_autoencoder.ipynb #f482c6ab
 @torch.no_grad()
 def fold_statistics(
     autoencoder:AutoencoderKL, # changed in place
@@ -83,7 +83,7 @@ def fold_statistics(
     dec.weight *= std[None, :, None, None]
     return autoencoder
 
-# %% ../nbs/library/04_autoencoder.ipynb #b86c558b
+# %% ../nbs/library/04_autoencoder.ipynb #51a9ad94
 @torch.no_grad()
 def encode_patches(
     autoencoder:AutoencoderKL,
@@ -111,7 +111,7 @@ def decode_latents(
     return np.concatenate([tensor_to_images(autoencoder.decode(z.to(device).float()).sample)
                            for z in latents.split(batch_size)])
 
-# %% ../nbs/library/04_autoencoder.ipynb #17cbca70
+# %% ../nbs/library/04_autoencoder.ipynb #38711a20
 def psnr(
     a:np.ndarray, # (N, H, W, C) uint8
     b:np.ndarray, # (N, H, W, C) uint8
@@ -119,7 +119,7 @@ def psnr(
     "Peak signal-to-noise ratio over all patches: 10 log10(255² / MSE)."
     return float(10*np.log10(255**2/np.mean((a.astype(float) - b.astype(float))**2)))
 
-# %% ../nbs/library/04_autoencoder.ipynb #ed5a3f22
+# %% ../nbs/library/04_autoencoder.ipynb #c379add6
 def train_autoencoder(
     images:np.ndarray, # (N, H, W, C) uint8 unlabelled patches
     widths:tuple=(32, 64, 128), # channels per level

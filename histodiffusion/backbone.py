@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BackboneConfig', 'build_backbone', 'augment_d4', 'rand_augment', 'train_backbone', 'predict', 'backbone_features']
 
-# %% ../nbs/library/10_backbone.ipynb #082fb0eb
+# %% ../nbs/library/10_backbone.ipynb #fa441996
 import contextlib
 import random
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .core import HistoDiffusionError, derive_seed, get_device, progress
 from .datasets import images_to_tensor
 from .training import FitConfig, fit
 
-# %% ../nbs/library/10_backbone.ipynb #b88fe05c
+# %% ../nbs/library/10_backbone.ipynb #6afaa771
 @dataclass(frozen=True)
 class BackboneConfig:
     "All knobs of the downstream classifier."
@@ -47,7 +47,7 @@ def build_backbone(
         raise HistoDiffusionError(f"Unknown backbone '{name}': use a name of timm.list_models(), such as resnet10t.")
     return timm.create_model(name, num_classes=n_classes, in_chans=channels)
 
-# %% ../nbs/library/10_backbone.ipynb #652abbee
+# %% ../nbs/library/10_backbone.ipynb #1b58b119
 def augment_d4(
     x:torch.Tensor, # (N, C, S, S) square patches
     generator:torch.Generator, # where chance comes from, on the CPU
@@ -63,7 +63,7 @@ def augment_d4(
         out[move == m] = part.flip(-1) if m >= 4 else part
     return out
 
-# %% ../nbs/library/10_backbone.ipynb #02fc2beb
+# %% ../nbs/library/10_backbone.ipynb #93f6520b
 @contextlib.contextmanager
 def _global_chance(generator):
     "Seed Python's and NumPy's global generators from a generator, for the length of the block."
@@ -90,7 +90,7 @@ def rand_augment(
         out = [np.asarray(change(Image.fromarray(im if im.shape[-1] == 3 else im[..., 0]))) for im in images]
     return np.stack(out).reshape(images.shape)
 
-# %% ../nbs/library/10_backbone.ipynb #8403832c
+# %% ../nbs/library/10_backbone.ipynb #b520710b
 class _Pool:
     "Patches with labels, drawn with classes balanced, augmented, with soft targets."
     def __init__(self, images, labels, n_classes, config):
@@ -120,7 +120,7 @@ class _Pool:
             y = (1 - smooth)*torch.nn.functional.one_hot(y, self.n_classes) + smooth/self.n_classes
         return x.to(self.device), y.to(self.device)
 
-# %% ../nbs/library/10_backbone.ipynb #6b9968ac
+# %% ../nbs/library/10_backbone.ipynb #c9c25734
 def _check_patches(images, labels, n_classes, what):
     "Patches and labels that fit each other."
     images, labels = np.asarray(images), np.asarray(labels, dtype=np.int64)
@@ -146,7 +146,7 @@ def _pooled(images, labels, n_classes, extra_images, extra_labels):
                                   "at one size and colour.")
     return np.concatenate([images, extra]), np.concatenate([labels, more])
 
-# %% ../nbs/library/10_backbone.ipynb #36880f75
+# %% ../nbs/library/10_backbone.ipynb #74a2b847
 def train_backbone(
     images:np.ndarray, # (N, H, W, C) uint8 real labelled patches
     labels:np.ndarray, # (N,) their classes, 0..K-1
@@ -172,7 +172,7 @@ def train_backbone(
     fitted.model.history = fitted.history
     return fitted.model
 
-# %% ../nbs/library/10_backbone.ipynb #99cb764e
+# %% ../nbs/library/10_backbone.ipynb #7cda522a
 @torch.no_grad()
 def _in_batches(model, images, compute, batch_size, desc):
     "What `compute` gives for each patch, in batches, as a float32 array."

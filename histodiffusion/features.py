@@ -6,7 +6,7 @@
 __all__ = ['LITE0_SHA256', 'lite0_weights', 'ImageEncoder', 'encoder_names', 'load_encoder', 'encode_images', 'FeatureMaps',
            'feature_maps']
 
-# %% ../nbs/library/08_features.ipynb #cbd799cc
+# %% ../nbs/library/08_features.ipynb #f4033ee6
 import numpy as np
 import timm
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from .core import HistoDiffusionError, get_device, hash_file, progress
 from .datasets import images_to_tensor
 
-# %% ../nbs/library/08_features.ipynb #38d41d01
+# %% ../nbs/library/08_features.ipynb #587f09ed
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 def lite0_weights() -> dict: # parameter name in timm -> tensor
@@ -31,7 +31,7 @@ def lite0_weights() -> dict: # parameter name in timm -> tensor
         raise HistoDiffusionError("this timm's tf_efficientnet_lite0 differs from the packaged one: install timm 1.0.")
     return dict(zip(names, stored.values()))
 
-# %% ../nbs/library/08_features.ipynb #21e688a6
+# %% ../nbs/library/08_features.ipynb #6d8b9295
 class ImageEncoder(nn.Module):
     "A network that maps patches in [-1, 1] to feature vectors."
     def __init__(self,
@@ -55,7 +55,7 @@ class ImageEncoder(nn.Module):
     def forward(self, x):
         return self.net((x.expand(-1, 3, -1, -1)*.5 + .5 - self.mean)/self.std)
 
-# %% ../nbs/library/08_features.ipynb #2dbc2d27
+# %% ../nbs/library/08_features.ipynb #2ba0902e
 def _timm_pretrained(name):
     "A pretrained network of timm, or one sentence."
     if not name.startswith("timm:") or name[5:] not in timm.list_models():
@@ -76,7 +76,7 @@ def load_encoder(
     "A frozen image encoder."
     return ImageEncoder(name).to(get_device())
 
-# %% ../nbs/library/08_features.ipynb #4c80288d
+# %% ../nbs/library/08_features.ipynb #b0bd84b6
 @torch.no_grad()
 def encode_images(
     encoder:ImageEncoder,
@@ -90,7 +90,7 @@ def encode_images(
     batches = (images_to_tensor(images[i:i + batch_size]).to(device) for i in starts)
     return np.concatenate([encoder(x).float().cpu().numpy() for x in batches])
 
-# %% ../nbs/library/08_features.ipynb #9f781590
+# %% ../nbs/library/08_features.ipynb #86d9ba2c
 class FeatureMaps(nn.Module):
     "Early feature maps of the packaged encoder, frozen."
     def __init__(self,
@@ -100,7 +100,7 @@ class FeatureMaps(nn.Module):
         self.net = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=tuple(levels))
         stored, wanted = lite0_weights(), self.net.state_dict()
         self.net.load_state_dict({k: stored[k] for k in wanted})
-        self.eval().requires_grad_(False)
+        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def train(self, mode=True): return super().train(False)  # its batch statistics are ImageNet's, always
     def forward(self, x): return self.net(x.expand(-1, 3, -1, -1))

@@ -7,7 +7,7 @@ __all__ = ['ADAPTATIONS', 'METHODS', 'pretraining_data', 'target_data', 'read_po
            'diffusion', 'load_autoencoder', 'adapt', 'synthesize', 'read_synthetic', 'backbone_config', 'select',
            'augment', 'table_1', 'class_examples', 'figure_2']
 
-# %% ../nbs/library/15_stages.ipynb #3cbb5801
+# %% ../nbs/library/15_stages.ipynb #204513f5
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from .sampling import load_pipeline, save_pipeline, synthesize_patches
 from .selection import class_centroids, select_patches, selection_report
 from .training import FitConfig
 
-# %% ../nbs/library/15_stages.ipynb #47859f59
+# %% ../nbs/library/15_stages.ipynb #fd0617d9
 @stage("pretraining_data")
 def pretraining_data(
     run:Run,
@@ -56,7 +56,7 @@ def target_data(
     write_json(folder/"manifest.json", dict(name=patches.name, classes=patches.classes, counts=patches.counts(),
                                             labels=patches.labels.tolist(), keys=patches.keys, splits=splits))
 
-# %% ../nbs/library/15_stages.ipynb #8db1891e
+# %% ../nbs/library/15_stages.ipynb #64f251cb
 def read_pool(
     run:Run,
 ) -> np.ndarray: # (N, H, W, C) uint8
@@ -80,7 +80,7 @@ def read_labelled(
     train = read_split(run, "train")
     return train.subset(labelled_fraction(train.labels, train.keys, run.label_fraction, run.seed, train.classes))
 
-# %% ../nbs/library/15_stages.ipynb #15bb587b
+# %% ../nbs/library/15_stages.ipynb #67b77473
 @stage("autoencoder")
 def autoencoder(
     run:Run,
@@ -98,7 +98,7 @@ def autoencoder(
     write_json(folder/"metrics.json", dict(psnr_held_out=psnr(back, pool[-held:]), held_out=held, history=fitted.history,
                                            training_seconds=fitted.seconds))
 
-# %% ../nbs/library/15_stages.ipynb #a0e5f2c2
+# %% ../nbs/library/15_stages.ipynb #8500c375
 @stage("diffusion")
 def diffusion(
     run:Run,
@@ -127,7 +127,7 @@ def load_autoencoder(
     from diffusers import AutoencoderKL
     return AutoencoderKL.from_pretrained(run.folder("autoencoder")/"model")
 
-# %% ../nbs/library/15_stages.ipynb #df790c88
+# %% ../nbs/library/15_stages.ipynb #38a55651
 @stage("adapt")
 def adapt(
     run:Run,
@@ -158,7 +158,7 @@ def _fine_tune(run, latents, unet, schedule, seed, folder):
     config = FitConfig(c.finetune_steps, c.finetune_lr, warmup=c.finetune_steps//20, ema_half_life=.1, seed=seed, precision=c.precision)
     return train_diffusion(latents, unet, schedule, c.diffusion_batch, c.min_snr_gamma, config, folder/"finetune", "fine-tuning")
 
-# %% ../nbs/library/15_stages.ipynb #b61b8754
+# %% ../nbs/library/15_stages.ipynb #a3b7c606
 ADAPTATIONS = ("guidance_only", "finetuned")
 
 @stage("synthesize")
@@ -187,7 +187,7 @@ def read_synthetic(
     if adaptation == "finetuned" and not path.exists(): path = path.with_name("guidance_only.safetensors")
     return {k: v.numpy() for k, v in load_tensors(path).items()}
 
-# %% ../nbs/library/15_stages.ipynb #c8e898dc
+# %% ../nbs/library/15_stages.ipynb #8e061ec0
 def backbone_config(
     run:Run,
     augmentation:str="d4", # or 'standard'
@@ -207,7 +207,7 @@ def _judge(run, labelled, folder):
     net.load_state_dict(load_tensors(path))
     return net.eval()
 
-# %% ../nbs/library/15_stages.ipynb #701df16a
+# %% ../nbs/library/15_stages.ipynb #fb02b857
 @stage("select")
 def select(
     run:Run,
@@ -244,7 +244,7 @@ def _quality(run, labelled, s, chosen, probabilities):
                 fd_lite0_validation=frechet_distance(synthetic, held),
                 fd_lite0_selected=frechet_distance(kept, held) if len(kept) > 1 else float("nan"), near_copy_share=copies["share"])
 
-# %% ../nbs/library/15_stages.ipynb #31687db7
+# %% ../nbs/library/15_stages.ipynb #2d037a81
 def _extra(run, kind):
     "Chosen synthetic patches and their labels; none at all where nothing was kept."
     chosen = read_json(run.folder("select")/"chosen.json")["chosen"]
@@ -276,7 +276,7 @@ def augment(
                          **classification_metrics(test.labels, posteriors[method])))
     write_table(pd.DataFrame(rows), folder/"rows")
 
-# %% ../nbs/library/15_stages.ipynb #e8182fb2
+# %% ../nbs/library/15_stages.ipynb #2aadf2b5
 @stage("table_1")
 def table_1(
     run:Run,
@@ -294,7 +294,7 @@ def table_1(
     classes = pd.concat(pd.read_csv(r.folder("select")/"selection.csv").assign(seed=r.seed) for r in runs)
     write_table(classes, run.results/"selection", "Candidates that passed each rule, by class and seed.")
 
-# %% ../nbs/library/15_stages.ipynb #609b361c
+# %% ../nbs/library/15_stages.ipynb #4a5e0c76
 def class_examples(
     images:np.ndarray, # (N, H, W, C) uint8
     labels:np.ndarray, # (N,)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FitConfig', 'Fit', 'learning_rate_factor', 'ema_decay', 'fit']
 
-# %% ../nbs/library/03_training.ipynb #70179a22
+# %% ../nbs/library/03_training.ipynb #329b527a
 import math, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from diffusers.training_utils import EMAModel
 from .core import (HistoDiffusionError, derive_seed, hash_object, keep_freed_memory, load_settings,
                                  load_tensors, progress, read_json, save_tensors, write_json)
 
-# %% ../nbs/library/03_training.ipynb #a8196469
+# %% ../nbs/library/03_training.ipynb #fcafb832
 @dataclass(frozen=True)
 class FitConfig:
     "All knobs of a training run."
@@ -40,7 +40,7 @@ class Fit:
     history: list = field(default_factory=list) # rows of step, loss, learning_rate and whatever the loss reports
     seconds: float = 0. # wall time, earlier attempts included
 
-# %% ../nbs/library/03_training.ipynb #c23a3571
+# %% ../nbs/library/03_training.ipynb #5d402924
 def learning_rate_factor(
     step:int, # 0 .. steps - 1
     config:FitConfig,
@@ -57,7 +57,7 @@ def ema_decay(
     "Decay per step of the weight average, from its half-life."
     return 2**(-1/max(1., config.ema_half_life*config.steps))
 
-# %% ../nbs/library/03_training.ipynb #f7852bfd
+# %% ../nbs/library/03_training.ipynb #8a278c88
 def _checkpoint(model, ema, optimizer):
     "The state of a run as a flat dictionary of tensors."
     state = {f"model.{k}": v for k, v in model.state_dict().items()}
@@ -76,7 +76,7 @@ def _restore(state, model, ema, optimizer):
         if k.startswith("optimizer."): moments.setdefault(int(k.split(".")[1]), {})[k.split(".")[2]] = v
     optimizer.load_state_dict(dict(state=moments, param_groups=optimizer.state_dict()["param_groups"]))
 
-# %% ../nbs/library/03_training.ipynb #f964770e
+# %% ../nbs/library/03_training.ipynb #3f0f16f7
 class _Loop:
     "The state of one run: model, optimiser, average, history."
     def __init__(self, model, config, folder):
@@ -85,6 +85,7 @@ class _Loop:
         self.accelerator = Accelerator(mixed_precision=config.precision, log_with=None if tracker == "none" else tracker,
                                        project_dir=str(folder) if folder else None)
         self.config, self.folder = config, Path(folder) if folder else None
+        model = model.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in
         params = [p for p in model.parameters() if p.requires_grad]
         fused = self.accelerator.device.type in ("cuda", "cpu")
         optimizer = torch.optim.AdamW(params, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
@@ -104,7 +105,7 @@ class _Loop:
         if self.ema: self.ema.optimization_step = meta["step"]
         self.step, self.history, self.seconds = meta["step"], meta["history"], meta["seconds"]
 
-# %% ../nbs/library/03_training.ipynb #6f497796
+# %% ../nbs/library/03_training.ipynb #718362b8
 def _save(loop, seconds):
     "Write a checkpoint: the tensors first, then the small file that names them, then drop the older one."
     state = _checkpoint(loop.accelerator.unwrap_model(loop.model), loop.ema, loop.optimizer.optimizer)
@@ -131,7 +132,7 @@ def _step(loop, loss):
     loop.step += 1
     return dict(step=loop.step, learning_rate=rate, loss=value.detach(), **extra)
 
-# %% ../nbs/library/03_training.ipynb #0ae6fd80
+# %% ../nbs/library/03_training.ipynb #ef21e2c4
 def fit(
     model:torch.nn.Module, # what is trained; parameters without requires_grad stay as they are
     loss, # loss(model, generator) -> scalar tensor and dict of numbers to log; draws its own batch
