@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from .core import get_device, progress
-from .datasets import images_to_tensor, tensor_to_images
+from .packed import images_to_tensor, tensor_to_images
 from .features import feature_maps
 from .training import Fit, FitConfig, fit
 

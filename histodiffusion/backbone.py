@@ -18,7 +18,7 @@ from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_transform
 
 from .core import HistoDiffusionError, derive_seed, get_device, progress
-from .datasets import images_to_tensor
+from .packed import images_to_tensor
 from .training import FitConfig, fit
 
 # %% ../nbs/library/16_backbone.ipynb #6afaa771

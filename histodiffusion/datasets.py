@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REGISTRY', 'IMAGE_SUFFIXES', 'SPLITS', 'PRETRAINING', 'DatasetInfo', 'list_images', 'parse_phantom',
-           'dataset_channels', 'read_image', 'dataset_fingerprint', 'PatchSet', 'content_key', 'load_patches',
-           'to_grey', 'split_patches', 'labelled_fraction', 'images_to_tensor', 'tensor_to_images', 'cut_patch',
-           'pool_counts', 'unlabelled_pool', 'default_pretraining']
+           'dataset_channels', 'read_image', 'dataset_fingerprint', 'dataset_classes', 'packed_dataset', 'PatchSet',
+           'load_patches', 'to_grey', 'split_patches', 'labelled_fraction', 'cut_patch', 'pool_counts',
+           'unlabelled_pool', 'default_pretraining']
 
 # %% ../nbs/library/05_datasets.ipynb #a345315d
 import hashlib
@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .core import HistoDiffusionError, derive_seed, hash_object, load_settings, progress
+from .core import (HistoDiffusionError, derive_seed, hash_object, load_settings, progress, read_json,
+                                 write_json)
+from .packed import PackedImages, content_key, open_packed, pack_images
 from .phantom import LABORATORIES, PHANTOM_CLASSES, phantom_patches
 
 # %% ../nbs/library/05_datasets.ipynb #bc667824
@@ -108,14 +110,58 @@ def read_image(
         raise HistoDiffusionError(f"{path} is corrupt ({e}): repair or remove it, or pass --skip-corrupt.") from e
 
 # %% ../nbs/library/05_datasets.ipynb #f1838746
+def _file_hash(path): return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
 def dataset_fingerprint(
     spec:str, # name of a set
 ) -> str: # 16 hexadecimal digits
-    "Hash of a set's file names and sizes (phantom: of its name), without reading the files."
+    "Hash of the names and bytes of all files of a set (phantom: of its name)."
     if spec.startswith("phantom:"): return hash_object(["phantom", *parse_phantom(spec)])[:16]
+    folder, files = _find_folder(spec), list_images(spec)
+    names, stats = [p.relative_to(folder).as_posix() for p in files], [p.stat() for p in files]
+    listing = hash_object([(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats)])
+    known = load_settings().data_home/"packed"/"fingerprints"/f"{hash_object(str(folder))[:16]}.json"
+    if known.is_file() and (old := read_json(known)).get("listing") == listing: return old["fingerprint"]
+    rows = list(zip(names, map(_file_hash, progress(files, desc=f"hashing {spec}", unit="file"))))
+    fingerprint = hash_object(rows)[:16]
+    write_json(known, dict(folder=folder, files=len(files), listing=listing, fingerprint=fingerprint))
+    return fingerprint
+
+# %% ../nbs/library/05_datasets.ipynb #aad8c405
+def dataset_classes(
+    spec:str, # name of a set
+) -> tuple: # class names, sorted; none for a set without class folders
+    "The classes of a set: the folders that lie at its top."
+    if spec.startswith("phantom:"): return PHANTOM_CLASSES
     folder = _find_folder(spec)
-    rows = [(str(p.relative_to(folder)), p.stat().st_size) for p in list_images(spec)]
-    return hash_object(rows)[:16]
+    return tuple(sorted({p.relative_to(folder).parts[0] for p in list_images(spec) if p.parent != folder}))
+
+def _plain(image):
+    "A picture in greyscale or RGB, whichever it is."
+    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode in ("1", "I;16", "LA") else "RGB")
+
+def packed_dataset(
+    spec:str, # name of a set
+    skip_corrupt:bool=False, # leave corrupt images out, naming them, instead of stopping
+) -> PackedImages:
+    "All images of a set, mapped into memory; packed at the first call."
+    what = spec.split(":")[0] if ":" in spec else spec
+    home = load_settings().data_home/"packed"
+    folder = home/f"{what}-{dataset_fingerprint(spec)}{'-readable' if skip_corrupt else ''}"
+    if (folder/"index.json").is_file(): return open_packed(folder)
+    if spec.startswith("phantom:"): return _pack_phantom(spec, folder)
+    files, root, classes = list_images(spec), _find_folder(spec), dataset_classes(spec)
+    labels = [classes.index(p.relative_to(root).parts[0]) if p.parent != root else -1 for p in files]
+    names = [p.relative_to(root).as_posix() for p in files]
+    return pack_images(files, folder, lambda p: _plain(read_image(p)), names, labels, classes, skip_corrupt=skip_corrupt,
+                       desc=f"packing {spec}")
+
+def _pack_phantom(spec, folder):
+    "A phantom set, with classes in turn."
+    laboratory, n, seed = parse_phantom(spec)
+    labels = np.arange(n) % len(PHANTOM_CLASSES)
+    return pack_images(phantom_patches(labels, seed=seed, laboratory=laboratory), folder, labels=labels,
+                       classes=PHANTOM_CLASSES, desc=f"packing {spec}")
 
 # %% ../nbs/library/05_datasets.ipynb #a18a70ce
 @dataclass
@@ -135,20 +181,16 @@ class PatchSet:
     def counts(self): return {c: int((self.labels == k).sum()) for k, c in enumerate(self.classes)}
 
 # %% ../nbs/library/05_datasets.ipynb #c94904c2
-def content_key(
-    image:np.ndarray, # (H, W) or (H, W, C) uint8
-) -> str: # 32 hexadecimal digits
-    "Hash of a patch's decoded pixels: the same patch under another file name has the same key."
-    return hashlib.blake2b(np.ascontiguousarray(image).tobytes() + str(image.shape).encode(), digest_size=16).hexdigest()
-
 def _square(image, size, channels):
     "Centre square of an image at `size` px, as (size, size, channels) uint8."
-    side = min(image.size)
-    x, y = (image.width - side)//2, (image.height - side)//2
-    image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))
-    return np.asarray(image).reshape(size, size, channels)
+    if image.shape == (size, size, channels): return image
+    picture = _picture(image).convert("L" if channels == 1 else "RGB")
+    side = min(picture.size)
+    x, y = (picture.width - side)//2, (picture.height - side)//2
+    picture = picture.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))
+    return np.asarray(picture).reshape(size, size, channels)
+
+def _picture(image): return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 # %% ../nbs/library/05_datasets.ipynb #f226336d
 def load_patches(
@@ -160,24 +202,15 @@ def load_patches(
     "Load a labelled set: `class/image` folders, or a phantom."
     channels = channels or dataset_channels(spec)
     if spec.startswith("phantom:"): return _load_phantom(spec, size, channels)
-    files, folder = list_images(spec), _find_folder(spec)
-    classes = tuple(sorted({p.relative_to(folder).parts[0] for p in files if len(p.relative_to(folder).parts) > 1}))
-    files = [p for p in files if len(p.relative_to(folder).parts) > 1]
+    classes = dataset_classes(spec)
     if len(classes) < 2:
-        raise HistoDiffusionError(f"{folder} has {len(classes)} class folder(s), and a classifier needs two or more: "
-                                  "arrange the images as class/image.")
-    images, labels, keys = [], [], []
-    for p in progress(files, desc=f"reading {spec}", unit="patch"):
-        try: im = read_image(p)
-        except HistoDiffusionError as e:
-            if not skip_corrupt: raise
-            print(f"skipped: {e}")
-            continue
-        images.append(_square(im, size, channels)); keys.append(content_key(np.asarray(im)))
-        labels.append(classes.index(p.relative_to(folder).parts[0]))
-    return PatchSet(np.stack(images), np.array(labels), classes, keys, spec)
+        raise HistoDiffusionError(f"{_find_folder(spec)} has {len(classes)} class folder(s), and a classifier needs two "
+                                  "or more: arrange the images as class/image.")
+    packed = packed_dataset(spec, skip_corrupt)
+    known = np.flatnonzero(packed.labels >= 0)  # images outside the class folders have no label
+    images = np.stack([_square(packed[i], size, channels) for i in known])
+    return PatchSet(images, packed.labels[known], packed.classes, [packed.keys[i] for i in known], spec)
 
-# %% ../nbs/library/05_datasets.ipynb #8db60371
 def to_grey(
     images:np.ndarray, # (N, H, W, 3) uint8
 ) -> np.ndarray: # (N, H, W, 1) uint8
@@ -185,7 +218,7 @@ def to_grey(
     return np.clip(images @ np.array([.299, .587, .114]) + .5, 0, 255).astype(np.uint8)[..., None]
 
 def _load_phantom(spec, size, channels):
-    "A phantom set, with classes in turn."
+    "A phantom set, drawn at the size that is asked for, with classes in turn."
     laboratory, n, seed = parse_phantom(spec)
     labels = np.arange(n) % len(PHANTOM_CLASSES)
     images = phantom_patches(labels, seed=seed, size=size, laboratory=laboratory)
@@ -223,20 +256,6 @@ def labelled_fraction(
             raise HistoDiffusionError(f"label_fraction {fraction} leaves class '{name}' empty ({len(members)} training patches): {need}.")
         chosen.append(members[np.argsort(rank[members], kind="stable")[:n]])
     return np.sort(np.concatenate(chosen))
-
-# %% ../nbs/library/05_datasets.ipynb #e4b0d665
-def images_to_tensor(
-    images:np.ndarray, # (N, H, W, C) uint8
-): # (N, C, H, W) float32 tensor in [-1, 1]
-    "Patches as a tensor."
-    import torch
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
-
-def tensor_to_images(
-    x, # (N, C, H, W) float tensor, nominally in [-1, 1]
-) -> np.ndarray: # (N, H, W, C) uint8
-    "A tensor as patches, clipped to the range of 8 bits."
-    return x.detach().float().cpu().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 # %% ../nbs/library/05_datasets.ipynb #c53819b4
 def _fields(spec, image_side, size):
@@ -281,25 +300,11 @@ def pool_counts(
     return {s: max(1, int(round(total*r/sum(root.values())))) for s, r in root.items()}
 
 # %% ../nbs/library/05_datasets.ipynb #4d9d4c80
-def _sources(spec, skip_corrupt, seed):
-    "The images of a set in random order, over and over."
-    rng = np.random.default_rng(derive_seed("order", spec, seed))
-    if spec.startswith("phantom:"):
-        laboratory, n, s = parse_phantom(spec)
-        items = [Image.fromarray(im) for im in phantom_patches(np.arange(n) % len(PHANTOM_CLASSES), seed=s, laboratory=laboratory)]
-        read = lambda im: im
-    else: items, read = list_images(spec), read_image
+def _sources(packed, seed):
+    "The images of a set in random order, over and over, as pictures."
+    rng = np.random.default_rng(seed)
     while True:
-        good = 0
-        for i in rng.permutation(len(items)):
-            try: image = read(items[i])
-            except HistoDiffusionError as e:
-                if not skip_corrupt: raise
-                print(f"skipped: {e}")
-                continue
-            good += 1
-            yield image
-        if not good: raise HistoDiffusionError(f"'{spec}' has no readable image: check the folder.")
+        for i in rng.permutation(len(packed)): yield _picture(packed[i])
 
 # %% ../nbs/library/05_datasets.ipynb #5d11d3c9
 def unlabelled_pool(
@@ -313,7 +318,8 @@ def unlabelled_pool(
     "Cut an unlabelled pool of patches from several sets."
     images, origin = [], []
     for k, (spec, n) in enumerate(pool_counts(specs, total, size).items()):
-        rng, source = np.random.default_rng(derive_seed("pool", spec, seed)), _sources(spec, skip_corrupt, seed)
+        rng = np.random.default_rng(derive_seed("pool", spec, seed))
+        source = _sources(packed_dataset(spec, skip_corrupt), derive_seed("order", spec, seed))
         per_image, bar = max(1, -(-n//max(1, _area(spec)[0]))), progress(total=n, desc=f"cutting {spec}", unit="patch")
         while n > 0:
             image = next(source).convert("L" if channels == 1 else "RGB")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .core import HistoDiffusionError, get_device, hash_file, progress
-from .datasets import images_to_tensor
+from .packed import images_to_tensor
 
 # %% ../nbs/library/08_features.ipynb #587f09ed
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
