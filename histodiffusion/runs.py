@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'FORMAT', 'StageSpec', 'upstream_of', 'downstream_of', 'stage_fields', 'Run', 'stage_inputs', 'stage_key',
-           'stage_home', 'provenance_path', 'is_done', 'commit_of', 'machine', 'provenance', 'StageConfig', 'inside',
-           'stage_folder', 'command_of', 'stage', 'forget']
+           'stage_home', 'provenance_path', 'is_done', 'commit_of', 'machine', 'made_with', 'provenance', 'StageConfig',
+           'inside', 'stage_folder', 'command_of', 'stage', 'forget']
 
 # %% ../nbs/library/20_runs.ipynb #5fd66685
 import contextlib, copy, functools, importlib.metadata, os, platform, re, shlex, shutil, subprocess, sys, time
@@ -293,6 +293,12 @@ def machine() -> dict: # cpu, cores, threads, device, system
     return dict(cpu=names[0] if names else platform.processor() or platform.machine(), cores=os.cpu_count(),
                 threads=torch.get_num_threads() if torch else None, device=device, system=platform.system())
 
+def made_with() -> dict: # commit, dirty, versions, machine, date
+    "What every record says of the code and the machine."
+    return dict(**commit_of(load_settings().root),
+                versions=dict(python=platform.python_version()) | {p: _version(p) for p in _PACKAGES},
+                machine=machine(), date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+
 def provenance(
     run:Run,
     stage:str, # name in STAGES
@@ -304,11 +310,10 @@ def provenance(
     read = {STAGES[s].data for s in upstream_of(stage)}
     sets = (run.dataset,)*("target" in read) + run.pretrain_sets*("pretraining" in read)
     return dict(stage=stage, key=run.key(stage), seed=run.seed if spec.per_seed else None,
-                seeds=list(run.knobs.seeds) if spec.seeds == "all" else None, **commit_of(load_settings().root),
-                versions=dict(python=platform.python_version()) | {p: _version(p) for p in _PACKAGES},
+                seeds=list(run.knobs.seeds) if spec.seeds == "all" else None,
                 data={s: run.fingerprint(s) for s in sets}, inputs=inputs, parameters=run.parameters,
                 knobs={k: v for k, v in run.knobs.knobs().items() if k in stage_fields(stage)},
-                seconds=round(seconds, 2), machine=machine(), date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+                seconds=round(seconds, 2), **made_with())
 
 # %% ../nbs/library/20_runs.ipynb #b795bda2
 class StageConfig:
