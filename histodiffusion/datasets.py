@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REGISTRY', 'IMAGE_SUFFIXES', 'SPLITS', 'PRETRAINING', 'DatasetInfo', 'list_images', 'parse_phantom',
-           'dataset_channels', 'read_image', 'dataset_fingerprint', 'PatchSet', 'content_key', 'load_patches',
-           'to_grey', 'split_patches', 'labelled_fraction', 'images_to_tensor', 'tensor_to_images', 'cut_patch',
-           'pool_counts', 'unlabelled_pool', 'default_pretraining']
+           'dataset_channels', 'read_image', 'dataset_fingerprint', 'PatchSet', 'content_key', 'group_keys',
+           'load_patches', 'to_grey', 'split_patches', 'labelled_fraction', 'images_to_tensor', 'tensor_to_images',
+           'cut_patch', 'pool_counts', 'unlabelled_pool', 'default_pretraining']
 
 # %% ../nbs/library/05_datasets.ipynb #a345315d
 import hashlib
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
-from .core import HistoDiffusionError, derive_seed, hash_object, load_settings, progress
+from .core import HistoDiffusionError, derive_seed, hash_file, hash_object, load_settings, progress
 from .phantom import LABORATORIES, PHANTOM_CLASSES, phantom_patches
 
 # %% ../nbs/library/05_datasets.ipynb #bc667824
@@ -111,10 +112,11 @@ def read_image(
 def dataset_fingerprint(
     spec:str, # name of a set
 ) -> str: # 16 hexadecimal digits
-    "Hash of a set's file names and sizes (phantom: of its name), without reading the files."
+    "Hash of a set's file names, sizes and manifest (phantom: of its name), without reading the images."
     if spec.startswith("phantom:"): return hash_object(["phantom", *parse_phantom(spec)])[:16]
     folder = _find_folder(spec)
     rows = [(str(p.relative_to(folder)), p.stat().st_size) for p in list_images(spec)]
+    if (folder/"manifest.csv").is_file(): rows.append(("manifest.csv", hash_file(folder/"manifest.csv")))
     return hash_object(rows)[:16]
 
 # %% ../nbs/library/05_datasets.ipynb #a18a70ce
@@ -126,12 +128,14 @@ class PatchSet:
     classes: tuple # K class names
     keys: list # (N,) hexadecimal hash of each patch's decoded pixels
     name: str # the set's name
+    groups: list|None = None # (N,) patient or slide of each patch, '' unknown; None: nothing is known
 
     def __len__(self): return len(self.images)
     def subset(self, indices):
         "The patches at `indices`, in that order."
         i = np.asarray(indices, dtype=np.int64)
-        return PatchSet(self.images[i], self.labels[i], self.classes, [self.keys[j] for j in i], self.name)
+        groups = None if self.groups is None else [self.groups[j] for j in i]
+        return PatchSet(self.images[i], self.labels[i], self.classes, [self.keys[j] for j in i], self.name, groups)
     def counts(self): return {c: int((self.labels == k).sum()) for k, c in enumerate(self.classes)}
 
 # %% ../nbs/library/05_datasets.ipynb #c94904c2
@@ -151,6 +155,32 @@ def _square(image, size, channels):
     return np.asarray(image).reshape(size, size, channels)
 
 # %% ../nbs/library/05_datasets.ipynb #f226336d
+def group_keys(
+    manifest:pd.DataFrame, # rows of patches, with a column `slide`, `patient` or both
+) -> list: # one text per row, '' unknown
+    "What a split must not tear apart: the patient, or the slide where the patient is unknown."
+    if not {"slide", "patient"} & set(manifest):
+        raise HistoDiffusionError("The manifest has neither a column 'slide' nor 'patient': add one to split by it.")
+    empty = pd.Series("", manifest.index)
+    slide, patient = (manifest.get(c, empty).fillna("").astype(str) for c in ("slide", "patient"))
+    return patient.where(patient != "", slide).tolist()
+
+def _read_groups(folder, files):
+    "The group of each file, from the folder's manifest; None where there is no manifest of patches."
+    path = folder/"manifest.csv"
+    if not path.is_file(): return None
+    try: manifest = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (ValueError, OSError) as e: raise HistoDiffusionError(f"{path} is no table ({e}): repair or remove it.") from e
+    if "file" not in manifest or not {"slide", "patient"} & set(manifest): return None
+    of = dict(zip(manifest.file, group_keys(manifest)))
+    by_name, twice = {}, set()
+    for f, g in of.items():
+        name = Path(f).name
+        if (folder/f).is_file(): continue  # in its place; the others were sorted into classes
+        if by_name.setdefault(name, g) != g: twice.add(name)
+    return [of.get(p.relative_to(folder).as_posix(), "" if p.name in twice else by_name.get(p.name, "")) for p in files]
+
+# %% ../nbs/library/05_datasets.ipynb #4967dba3
 def load_patches(
     spec:str, # name of a labelled set
     size:int=64, # side of the patches, px
@@ -166,7 +196,7 @@ def load_patches(
     if len(classes) < 2:
         raise HistoDiffusionError(f"{folder} has {len(classes)} class folder(s), and a classifier needs two or more: "
                                   "arrange the images as class/image.")
-    images, labels, keys = [], [], []
+    images, labels, keys, kept = [], [], [], []
     for p in progress(files, desc=f"reading {spec}", unit="patch"):
         try: im = read_image(p)
         except HistoDiffusionError as e:
@@ -174,8 +204,8 @@ def load_patches(
             print(f"skipped: {e}")
             continue
         images.append(_square(im, size, channels)); keys.append(content_key(np.asarray(im)))
-        labels.append(classes.index(p.relative_to(folder).parts[0]))
-    return PatchSet(np.stack(images), np.array(labels), classes, keys, spec)
+        labels.append(classes.index(p.relative_to(folder).parts[0])); kept.append(p)
+    return PatchSet(np.stack(images), np.array(labels), classes, keys, spec, _read_groups(folder, kept))
 
 # %% ../nbs/library/05_datasets.ipynb #8db60371
 def to_grey(
@@ -197,10 +227,27 @@ SPLITS = dict(train=(0., .6), validation=(.6, .7), test=(.7, 1.))
 
 def split_patches(
     keys:list, # (N,) content keys
+    groups:list|None=None, # (N,) patient or slide of each patch, '' unknown; None: split by content alone
 ) -> dict: # split name -> indices
-    "Training (60 %), validation (10 %) and test (30 %) patches, by content."
+    "Training (60 %), validation (10 %) and test (30 %) patches, by content, or by group where it is known."
     u = np.array([int(k[:12], 16)/16**12 for k in keys])
+    if groups is not None and any(groups): u = _group_numbers(keys, groups, u)
     return {name: np.flatnonzero((u >= a) & (u < b)) for name, (a, b) in SPLITS.items()}
+
+def _group_numbers(keys, groups, u):
+    "A number in 0..1 for each patch, the same for all of a group, so that no split is without a group."
+    if len(groups) != len(keys): raise HistoDiffusionError(f"{len(groups)} groups for {len(keys)} patches: give one for each.")
+    ids = [g or k for g, k in zip(groups, keys)]
+    of = {i: int(hash_object(["group", g])[:12], 16)/16**12 if g else v for i, g, v in zip(ids, groups, u)}
+    if len(of) < len(SPLITS):
+        raise HistoDiffusionError(f"The patches come from {len(of)} patient(s) or slide(s), and training, validation and test "
+                                  "need one each: add slides of other patients.")
+    members = lambda name: [i for i, v in of.items() if SPLITS[name][0] <= v < SPLITS[name][1]]
+    for name, (a, b) in SPLITS.items():
+        if members(name): continue  # else the nearest group that another split can spare moves here
+        spare = [i for other in SPLITS if len(members(other)) > 1 for i in members(other)]
+        of[min(spare, key=lambda i: abs(of[i] - (a + b)/2))] = (a + b)/2
+    return np.array([of[i] for i in ids])
 
 # %% ../nbs/library/05_datasets.ipynb #4362fed4
 def labelled_fraction(
