@@ -39,7 +39,7 @@ class StainNormaliser:
     "Gives patches the stains of a reference (Macenko et al. 2009)."
     def __init__(self,
         reference=None, # (H, W, 3) patch or (N, H, W, 3) set, uint8, whose stains to give; None: torchstain's
-        least_tissue:float=.1, # share of stained pixels below which a patch stays as it is, 0..1
+        least_tissue:float=.05, # share of stained pixels below which a patch stays as it is, 0..1
     ):
         if not 0 <= least_tissue <= 1: raise HistoDiffusionError(f"least_tissue is {least_tissue}: give a share from 0 to 1.")
         self.least_tissue, self.macenko = least_tissue, NumpyMacenkoNormalizer()
@@ -70,14 +70,14 @@ def _solved(f):
 def normalise_stain(
     images:np.ndarray, # (N, H, W, 3) uint8
     reference=None, # a `StainNormaliser`, or (H, W, 3) or (N, H, W, 3) uint8 patches; None: torchstain's stains
-    together:bool=False, # find the stains in all patches at once, as those of one slide or laboratory
-    least_tissue:float=.1, # share of stained pixels below which a patch stays as it is, 0..1
+    together:bool=False, # find the stains in all patches at once, as those of one slide or laboratory, and change all
+    least_tissue:float=.05, # share of stained pixels below which a patch stays as it is, 0..1
 ) -> tuple: # (N, H, W, 3) uint8, and indices of the patches left as they were
     "Give patches the stains of a reference; those with too little tissue stay as they are."
     n = reference if isinstance(reference, StainNormaliser) else StainNormaliser(reference, least_tissue)
     out, done = np.array(images), []
     rows = _enough(out, n.least_tissue)
-    for part in ([rows] if together and len(rows) else rows[:, None]):
+    for part in ([np.arange(len(out))] if together and len(rows) else rows[:, None]):
         new = _solved(lambda part=part: n.macenko.normalize(_tall(out[part]), stains=False)[0])
         if new is None: continue
         out[part] = new.reshape(out[part].shape)
@@ -98,7 +98,7 @@ def augment_stain(
     seed:int=0, # which variation; that of a patch depends on the seed and its position
     sigma1:float=.2, # how far amounts are multiplied, 0 <= sigma1 < 1
     sigma2:float=.2, # how far amounts are shifted, optical density, >= 0
-    least_tissue:float=.1, # share of stained pixels below which a patch stays as it is, 0..1
+    least_tissue:float=.05, # share of stained pixels below which a patch stays as it is, 0..1
 ) -> tuple: # (N, H, W, 3) uint8, and indices of the patches left as they were
     "Vary the amount of each stain, patch by patch."
     if not 0 <= sigma1 < 1 or not sigma2 >= 0:
