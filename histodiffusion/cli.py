@@ -149,7 +149,7 @@ def show_data(run) -> None:
     from histodiffusion.datasets import labelled_fraction, load_patches, pool_counts, split_patches
 
     patches = load_patches(run.dataset, run.knobs.image_size, run.channels, skip_corrupt=run.skip_corrupt)
-    splits = split_patches(patches.keys)
+    splits = split_patches(patches.keys, patches.groups)
     train = patches.subset(splits["train"])
     known = labelled_fraction(train.labels, train.keys, run.label_fraction, run.seed, patches.classes)
     counts = {name: patches.subset(i).counts() for name, i in splits.items()}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REGISTRY', 'IMAGE_SUFFIXES', 'SPLITS', 'PRETRAINING', 'DatasetInfo', 'list_images', 'parse_phantom',
-           'dataset_channels', 'read_image', 'dataset_fingerprint', 'dataset_classes', 'packed_dataset', 'PatchSet',
-           'load_patches', 'to_grey', 'split_patches', 'labelled_fraction', 'cut_patch', 'pool_counts',
+           'dataset_channels', 'read_image', 'dataset_fingerprint', 'group_keys', 'dataset_classes', 'packed_dataset',
+           'PatchSet', 'load_patches', 'to_grey', 'split_patches', 'labelled_fraction', 'cut_patch', 'pool_counts',
            'unlabelled_pool', 'default_pretraining']
 
 # %% ../nbs/library/05_datasets.ipynb #a345315d
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 from .core import (HistoDiffusionError, derive_seed, hash_object, load_settings, progress, read_json,
@@ -115,9 +116,10 @@ def _file_hash(path): return hashlib.blake2b(path.read_bytes(), digest_size=16).
 def dataset_fingerprint(
     spec:str, # name of a set
 ) -> str: # 16 hexadecimal digits
-    "Hash of the names and bytes of all files of a set (phantom: of its name)."
+    "Hash of the names and bytes of a set's images and its manifest (phantom: of its name)."
     if spec.startswith("phantom:"): return hash_object(["phantom", *parse_phantom(spec)])[:16]
-    folder, files = _find_folder(spec), list_images(spec)
+    folder = _find_folder(spec)
+    files = list_images(spec) + [p for p in [folder/"manifest.csv"] if p.is_file()]
     names, stats = [p.relative_to(folder).as_posix() for p in files], [p.stat() for p in files]
     listing = hash_object([(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats)])
     known = load_settings().data_home/"packed"/"fingerprints"/f"{hash_object(str(folder))[:16]}.json"
@@ -126,6 +128,32 @@ def dataset_fingerprint(
     fingerprint = hash_object(rows)[:16]
     write_json(known, dict(folder=folder, files=len(files), listing=listing, fingerprint=fingerprint))
     return fingerprint
+
+# %% ../nbs/library/05_datasets.ipynb #06069c26
+def group_keys(
+    manifest:pd.DataFrame, # rows of patches, with a column `slide`, `patient` or both
+) -> list: # one text per row, '' unknown
+    "What a split must not tear apart: the patient, or the slide where the patient is unknown."
+    if not {"slide", "patient"} & set(manifest):
+        raise HistoDiffusionError("The manifest has neither a column 'slide' nor 'patient': add one to split by it.")
+    empty = pd.Series("", manifest.index)
+    slide, patient = (manifest.get(c, empty).fillna("").astype(str) for c in ("slide", "patient"))
+    return patient.where(patient != "", slide).tolist()
+
+def _read_groups(folder, files):
+    "The group of each file, from the folder's manifest; None where there is no manifest of patches."
+    path = folder/"manifest.csv"
+    if not path.is_file(): return None
+    try: manifest = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (ValueError, OSError) as e: raise HistoDiffusionError(f"{path} is no table ({e}): repair or remove it.") from e
+    if "file" not in manifest or not {"slide", "patient"} & set(manifest): return None
+    of = dict(zip(manifest.file, group_keys(manifest)))
+    by_name, twice = {}, set()
+    for f, g in of.items():
+        name = Path(f).name
+        if (folder/f).is_file(): continue  # in its place; the others were sorted into classes
+        if by_name.setdefault(name, g) != g: twice.add(name)
+    return [of.get(p.relative_to(folder).as_posix(), "" if p.name in twice else by_name.get(p.name, "")) for p in files]
 
 # %% ../nbs/library/05_datasets.ipynb #aad8c405
 def dataset_classes(
@@ -153,8 +181,8 @@ def packed_dataset(
     files, root, classes = list_images(spec), _find_folder(spec), dataset_classes(spec)
     labels = [classes.index(p.relative_to(root).parts[0]) if p.parent != root else -1 for p in files]
     names = [p.relative_to(root).as_posix() for p in files]
-    return pack_images(files, folder, lambda p: _plain(read_image(p)), names, labels, classes, skip_corrupt=skip_corrupt,
-                       desc=f"packing {spec}")
+    return pack_images(files, folder, lambda p: _plain(read_image(p)), names, labels, classes, _read_groups(root, files),
+                       skip_corrupt, f"packing {spec}")
 
 def _pack_phantom(spec, folder):
     "A phantom set, with classes in turn."
@@ -172,12 +200,14 @@ class PatchSet:
     classes: tuple # K class names
     keys: list # (N,) hexadecimal hash of each patch's decoded pixels
     name: str # the set's name
+    groups: list|None = None # (N,) patient or slide of each patch, '' unknown; None: nothing is known
 
     def __len__(self): return len(self.images)
     def subset(self, indices):
         "The patches at `indices`, in that order."
         i = np.asarray(indices, dtype=np.int64)
-        return PatchSet(self.images[i], self.labels[i], self.classes, [self.keys[j] for j in i], self.name)
+        groups = None if self.groups is None else [self.groups[j] for j in i]
+        return PatchSet(self.images[i], self.labels[i], self.classes, [self.keys[j] for j in i], self.name, groups)
     def counts(self): return {c: int((self.labels == k).sum()) for k, c in enumerate(self.classes)}
 
 # %% ../nbs/library/05_datasets.ipynb #c94904c2
@@ -209,7 +239,8 @@ def load_patches(
     packed = packed_dataset(spec, skip_corrupt)
     known = np.flatnonzero(packed.labels >= 0)  # images outside the class folders have no label
     images = np.stack([_square(packed[i], size, channels) for i in known])
-    return PatchSet(images, packed.labels[known], packed.classes, [packed.keys[i] for i in known], spec)
+    keys, groups = [packed.keys[i] for i in known], [packed.groups[i] for i in known]
+    return PatchSet(images, packed.labels[known], packed.classes, keys, spec, groups if any(groups) else None)
 
 def to_grey(
     images:np.ndarray, # (N, H, W, 3) uint8
@@ -230,10 +261,27 @@ SPLITS = dict(train=(0., .6), validation=(.6, .7), test=(.7, 1.))
 
 def split_patches(
     keys:list, # (N,) content keys
+    groups:list|None=None, # (N,) patient or slide of each patch, '' unknown; None: split by content alone
 ) -> dict: # split name -> indices
-    "Training (60 %), validation (10 %) and test (30 %) patches, by content."
+    "Training (60 %), validation (10 %) and test (30 %) patches, by content, or by group where it is known."
     u = np.array([int(k[:12], 16)/16**12 for k in keys])
+    if groups is not None and any(groups): u = _group_numbers(keys, groups, u)
     return {name: np.flatnonzero((u >= a) & (u < b)) for name, (a, b) in SPLITS.items()}
+
+def _group_numbers(keys, groups, u):
+    "A number in 0..1 for each patch, the same for all of a group, so that no split is without a group."
+    if len(groups) != len(keys): raise HistoDiffusionError(f"{len(groups)} groups for {len(keys)} patches: give one for each.")
+    ids = [g or k for g, k in zip(groups, keys)]
+    of = {i: int(hash_object(["group", g])[:12], 16)/16**12 if g else v for i, g, v in zip(ids, groups, u)}
+    if len(of) < len(SPLITS):
+        raise HistoDiffusionError(f"The patches come from {len(of)} patient(s) or slide(s), and training, validation and test "
+                                  "need one each: add slides of other patients.")
+    members = lambda name: [i for i, v in of.items() if SPLITS[name][0] <= v < SPLITS[name][1]]
+    for name, (a, b) in SPLITS.items():
+        if members(name): continue  # else the nearest group that another split can spare moves here
+        spare = [i for other in SPLITS if len(members(other)) > 1 for i in members(other)]
+        of[min(spare, key=lambda i: abs(of[i] - (a + b)/2))] = (a + b)/2
+    return np.array([of[i] for i in ids])
 
 # %% ../nbs/library/05_datasets.ipynb #4362fed4
 def labelled_fraction(

@@ -52,9 +52,10 @@ def target_data(
     "Load the labelled set once, with its splits."
     patches = load_patches(run.dataset, run.config.image_size, run.channels, run.skip_corrupt)
     np.save(folder/"patches.npy", patches.images)
-    splits = {k: v.tolist() for k, v in split_patches(patches.keys).items()}
+    splits = {k: v.tolist() for k, v in split_patches(patches.keys, patches.groups).items()}
     write_json(folder/"manifest.json", dict(name=patches.name, classes=patches.classes, counts=patches.counts(),
-                                            labels=patches.labels.tolist(), keys=patches.keys, splits=splits))
+                                            labels=patches.labels.tolist(), keys=patches.keys, groups=patches.groups,
+                                            splits=splits))
 
 # %% ../nbs/library/21_stages.ipynb #64f251cb
 def read_pool(
@@ -70,7 +71,8 @@ def read_split(
     "One split of the target."
     folder = run.folder("target_data")
     m = read_json(folder/"manifest.json")
-    every = PatchSet(np.load(folder/"patches.npy", allow_pickle=False), np.array(m["labels"]), tuple(m["classes"]), m["keys"], m["name"])
+    every = PatchSet(np.load(folder/"patches.npy", allow_pickle=False), np.array(m["labels"]), tuple(m["classes"]), m["keys"], m["name"],
+                     m.get("groups"))
     return every.subset(m["splits"][split])
 
 def read_labelled(

@@ -1,0 +1,219 @@
+"""Slides as scanners write them: how many tiles, where, with which pixels; resuming; damaged files."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from histodiffusion.core import HistoDiffusionError, load_settings
+from histodiffusion.datasets import load_patches, split_patches
+from histodiffusion.phantom import phantom_patches
+
+pytest.importorskip("openslide", reason="needs openslide-python and openslide-bin: install the extra 'slides'")
+tifffile = pytest.importorskip("tifffile", reason="needs tifffile, which is in the extra 'dev'")
+from histodiffusion import slides  # noqa: E402
+from histodiffusion.slides import open_slide, read_patch, tile_grid, tile_slides  # noqa: E402
+
+mirror = load_settings().data_mirror
+needs_mirror = pytest.mark.skipif(
+    mirror is None or not (mirror / "monuseg").is_dir(),
+    reason="needs the data mirror: set HISTODIFFUSION_DATA_MIRROR",
+)
+SIZE = 64
+
+
+def write_slide(path, image, mpp=0.25, levels=(1, 2), unit="CENTIMETER"):
+    "A tiled, pyramidal TIFF that says its resolution."
+    per = {"CENTIMETER": 10_000, "INCH": 25_400, "NONE": 1}[unit] / mpp
+    with tifffile.TiffWriter(path) as f:
+        for k in levels:
+            level = np.asarray(Image.fromarray(image).reduce(k))
+            f.write(level, tile=(256, 256), photometric="rgb", compression="zlib", metadata=None,
+                    subfiletype=int(k > 1), resolution=(per / k, per / k), resolutionunit=unit)  # fmt: skip
+    return path
+
+
+def check_tiles(image, manifest, out, mpp, slide_mpp=0.25):
+    "Every patch equals the part of the source that its row names."
+    side = round(SIZE * mpp / slide_mpp)
+    for row in manifest.itertuples():
+        box = (row.x, row.y, row.x + side, row.y + side)
+        want = np.asarray(Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BOX, box=box))
+        got = np.asarray(Image.open(out / row.file))
+        assert got.shape == (SIZE, SIZE, 3)
+        assert np.abs(got.astype(int) - want).mean() < 8, row  # Lanczos is sharper than a box
+        moved = np.roll(want, 3, axis=1)
+        assert np.abs(got.astype(int) - want).mean() < 0.7 * np.abs(got.astype(int) - moved).mean(), row
+
+
+@pytest.fixture(scope="module")
+def mosaic():
+    "Sixteen squares of tissue, 128 px each, and a strip of glass to the right."
+    tissue = phantom_patches(np.tile([3, 5, 7, 8], 4), seed=2, size=128).reshape(4, 4, 128, 128, 3)
+    picture = np.concatenate([np.concatenate(list(row), 1) for row in tissue])
+    return np.concatenate([picture, np.full((512, 188, 3), 245, np.uint8)], 1)
+
+
+@pytest.fixture
+def slide(mosaic, tmp_path):
+    (tmp_path / "in").mkdir()
+    return write_slide(tmp_path / "in" / "TCGA-AB-1234-01Z.tif", mosaic)
+
+
+@pytest.mark.parametrize("mpp, number, step", [(0.25, 64, 64), (0.5, 16, 128), (1.0, 4, 256)])
+def test_number_position_and_pixels_of_tiles(mosaic, slide, tmp_path, mpp, number, step):
+    manifest = tile_slides(slide, tmp_path / "out", mpp=mpp, size=SIZE, tissue=0.6)
+    assert len(manifest) == number and set(manifest.patient) == {"TCGA-AB-1234"}
+    assert set(manifest.x) == set(manifest.y) == set(range(0, 512, step))
+    assert set(manifest.level) == {int(mpp >= 0.5)}
+    check_tiles(mosaic, manifest, tmp_path / "out", mpp)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out" / "manifest.csv"), manifest, check_dtype=False)
+
+
+def test_a_resolution_between_levels_keeps_its_scale_and_its_grid(mosaic, slide, tmp_path):
+    manifest = tile_slides(slide, tmp_path / "out", mpp=0.37, size=SIZE, tissue=0.6, overlap=10)
+    step = 54 * 0.37 / 0.25
+    assert set(manifest.x) <= {round(i * step) for i in range(20)} and set(manifest.level) == {0}
+    assert manifest.x.max() + 64 * 0.37 / 0.25 < 700.5
+    check_tiles(mosaic, manifest, tmp_path / "out", 0.37)
+
+
+@pytest.mark.mirror
+@needs_mirror
+@pytest.mark.parametrize("mpp, number", [(0.5, 49), (1.0, 9)])
+def test_real_tissue_is_tiled_whole(tmp_path, mpp, number):
+    path = sorted((mirror / "monuseg").rglob("*.jpg"))[0]
+    image = np.asarray(Image.open(path).convert("RGB"))
+    slide = write_slide(tmp_path / f"{path.stem}.tif", image)
+    manifest = tile_slides(slide, tmp_path / "out", mpp=mpp, size=SIZE, tissue=0.0)
+    assert len(manifest) == number and set(manifest.patient) == {path.stem[:12]}
+    check_tiles(image, manifest, tmp_path / "out", mpp)
+    assert manifest.tissue.mean() > 0.6
+
+
+@pytest.mark.parametrize("unit, found", [("CENTIMETER", 0.25), ("INCH", 0.25), ("NONE", None)])
+def test_resolution_of_the_tags(mosaic, tmp_path, unit, found):
+    path = write_slide(tmp_path / "a.tif", mosaic, unit=unit)
+    if found is None:
+        with pytest.raises(HistoDiffusionError, match="mpp_of_file"):
+            open_slide(path)
+    assert open_slide(path, 0.25).mpp == pytest.approx(0.25)
+
+
+def test_ordinary_images_and_plain_tiffs(mosaic, tmp_path):
+    Image.fromarray(mosaic).save(tmp_path / "a.png", dpi=(72, 72))
+    Image.fromarray(mosaic).save(tmp_path / "b.tif", dpi=(25_400 / 0.25,) * 2)
+    with pytest.raises(HistoDiffusionError, match="mpp_of_file"):
+        tile_slides(tmp_path / "a.png", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    pictures = [open_slide(tmp_path / "a.png", 0.25), open_slide(tmp_path / "b.tif")]
+    for slide in pictures:
+        assert slide.mpp == pytest.approx(0.25) and len(tile_grid(slide, 0.5, SIZE)) == 5 * 4
+        assert (read_patch(slide, 100, 50, 0.25, SIZE) == mosaic[50:114, 100:164]).all()
+
+
+def test_a_stopped_tiling_goes_on_and_is_never_half(mosaic, slide, tmp_path, monkeypatch):
+    shutil.copy(slide, slide.with_name("second.tif"))
+    whole = tile_slides(slide.parent, tmp_path / "whole", size=SIZE)
+    real, calls = slides.read_patch, []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(slides, "read_patch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        tile_slides(slide.parent, tmp_path / "out", size=SIZE)
+    listed = pd.read_csv(tmp_path / "out" / "manifest.csv")
+    assert set(listed.slide) == {"TCGA-AB-1234-01Z"}
+    assert sorted(f"{p.parent.name}/{p.name}" for p in (tmp_path / "out").rglob("*.png")) == sorted(listed.file)
+    (tmp_path / "out" / ".second.x1y2").mkdir()  # what a killed attempt leaves
+    calls[:] = [None] * 20
+    pd.testing.assert_frame_equal(tile_slides(slide.parent, tmp_path / "out", size=SIZE), whole)
+    assert len(calls) == 20 + 16 and not list((tmp_path / "out").glob(".second*"))
+
+
+def test_the_same_draw_every_time(slide, tmp_path):
+    a, b, c = (tile_slides(slide, tmp_path / n, size=SIZE, max_patches=5, seed=s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
+    assert len(a) == 5 and a.equals(b) and not a.equals(c)
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(mpp=1.0), "was tiled with mpp 0.5, not 1.0"), (dict(seed=3), "was tiled with seed 0, not 3"),
+    (dict(mpp=-1), "mpp is -1"), (dict(size=7.5), "size is 7.5"), (dict(patient="(x"), "no regular expression"),
+    (dict(tissue=float("nan")), "tissue is nan"), (dict(max_patches=0), "max_patches is 0"),
+])  # fmt: skip
+def test_parameters_end_in_one_sentence(slide, tmp_path, change, said):
+    tile_slides(slide, tmp_path / "out", size=SIZE)
+    with pytest.raises(HistoDiffusionError) as e:
+        tile_slides(slide, tmp_path / "out", **(dict(size=SIZE) | change))
+    assert said in str(e.value) and "\n" not in str(e.value)
+
+
+def test_places_end_in_one_sentence(slide, mosaic, tmp_path):
+    out = tmp_path / "out"
+    for source, said in ((tmp_path / "no", "There is no slide"), (tmp_path / "empty", "No slide")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(HistoDiffusionError, match=said):
+            tile_slides(source, out)
+    (tmp_path / "empty" / "thesis.txt").write_text("mine")
+    with pytest.raises(HistoDiffusionError, match="thesis.txt"):
+        tile_slides(slide, tmp_path / "empty")
+    with pytest.raises(HistoDiffusionError, match="smaller than one tile"):
+        tile_slides(slide, out, mpp=4.0)
+    with pytest.raises(HistoDiffusionError, match="cannot give 0.1"):
+        tile_slides(slide, out, mpp=0.1)
+    Image.fromarray(mosaic).save(slide.with_suffix(".png"))
+    with pytest.raises(HistoDiffusionError, match="share the name"):
+        tile_slides(slide.parent, out)
+    assert not out.exists() and [p.name for p in (tmp_path / "empty").iterdir()] == ["thesis.txt"]
+
+
+def test_without_openslide_one_sentence(slide, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "openslide", None)
+    with pytest.raises(HistoDiffusionError, match=r"pip install histodiffusion\[slides\]"):
+        tile_slides(slide, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seed", range(36))
+def test_damaged_slides_are_named_or_read(slide, mosaic, tmp_path, seed):
+    "Truncated files, and bytes flipped in the header, in the directories and in the tiles."
+    rng, good = np.random.default_rng(seed), slide.read_bytes()
+    if seed % 3 == 0:
+        bad = good[: int(len(good) * rng.uniform(0, 0.999))]
+    else:
+        page = tifffile.TiffFile(slide).pages[1].offset
+        start = (0, page, 0)[seed % 3] if seed % 2 else rng.integers(len(good) - 400)
+        bad = bytearray(good)
+        for i in rng.integers(start, min(len(good), start + 400), 12):
+            bad[i] = rng.integers(256)
+    slide.write_bytes(bytes(bad))
+    try:
+        manifest = tile_slides(slide, tmp_path / "out", size=SIZE, max_patches=40, mpp_of_file=0.25)
+    except HistoDiffusionError as e:
+        assert "\n" not in str(e) and not list((tmp_path / "out").glob("*"))
+    else:
+        assert 0 < len(manifest) <= 40 and all((tmp_path / "out" / f).is_file() for f in manifest.file)
+
+
+def test_patches_of_a_patient_stay_on_one_side(mosaic, tmp_path):
+    for i in range(12):
+        Image.fromarray(np.roll(mosaic[:256, :512], 17 * i, 1)).save(tmp_path / f"p{i // 2}-{i % 2}.png")
+    manifest = tile_slides(tmp_path, tmp_path / "out", mpp=0.5, size=32, mpp_of_file=0.5, max_patches=20, patient=r"^p\d+")
+    assert set(manifest.patient) == {f"p{i}" for i in range(6)}
+    for i, file in enumerate(manifest.file):
+        place = tmp_path / "out" / "ab"[i % 2] / file.rsplit("/", 1)[1]
+        place.parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / file).rename(place)
+    patches = load_patches(f"folder:{tmp_path / 'out'}", size=32)
+    of = {row.file.rsplit("/", 1)[1]: row.patient for row in manifest.itertuples()}
+    assert sorted(patches.groups) == sorted(of.values()) and len(patches) == 240
+    split = split_patches(patches.keys, patches.groups)
+    sides = [{patches.groups[i] for i in indices} for indices in split.values()]
+    assert all(sides) and sum(map(len, sides)) == 6
+    assert sum(map(len, split.values())) == 240
