@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SIDE', 'FORMAT', 'COARSE', 'FINE', 'THRESHOLDS', 'PAIR_COLUMNS', 'LEAK_COLUMNS', 'colour_statistics',
            'thumbnail', 'is_flat', 'Scan', 'scan_set', 'cosine_parts', 'turn', 'find_overlap', 'Audit', 'audit_set',
-           'summary', 'audit_pair', 'audit_sets', 'known_sets', 'leakage', 'refuse_leakage']
+           'summary', 'audit_pair', 'audit_sets', 'known_sets', 'may_show', 'read_pictures', 'pair_pictures', 'leakage',
+           'refuse_leakage', 'write_leaks']
 
 # %% ../nbs/library/09_audit.ipynb #0dbb2660
 import os, warnings, zipfile
@@ -18,8 +19,8 @@ import pandas as pd
 from PIL import Image
 
 from .core import HistoDiffusionError, atomic_path, hash_object, load_settings, progress
-from .datasets import (REGISTRY, _find_folder, content_key, dataset_fingerprint, list_images, load_patches,
-                                     parse_phantom, read_image, split_patches)
+from .datasets import (REGISTRY, _find_folder, _square, content_key, dataset_fingerprint, list_images,
+                                     load_patches, parse_phantom, read_image, split_patches)
 
 # %% ../nbs/library/09_audit.ipynb #a630f1da
 _STAINS = np.array([[.65, .70, .29], [.07, .99, .11], [.27, .57, .78]])  # haematoxylin, eosin, DAB; rows in RGB
@@ -68,7 +69,7 @@ class Scan:
 
     def __len__(self): return len(self.table)
 
-FORMAT = 1 # raised when scans or pairs stored before must not be read again
+FORMAT = 2 # raised when scans or pairs stored before must not be read again
 
 def _scan_code(spec, size):
     "Hash of what a scan depends on, without reading an image."
@@ -144,11 +145,10 @@ COARSE, FINE = 8, 24 # frequencies per side of the coarse part, and of coarse an
 def cosine_parts(
     thumbs:np.ndarray, # (N, 32, 32) uint8
 ) -> np.ndarray: # (N, 24, 24) float32 coefficients of the lowest frequencies
-    "Discrete cosine transform of thumbnails, without mean and finest noise."
+    "Discrete cosine transform of thumbnails, weighted by frequency, without mean and finest noise."
     from scipy.fft import dctn
     c = dctn(np.asarray(thumbs, dtype=np.float32), axes=(1, 2), norm="ortho")[:, :FINE, :FINE]
-    c[:, 0, 0] = 0
-    return c
+    return c*np.hypot(*np.indices((FINE, FINE))).astype(np.float32)
 
 def turn(
     images:np.ndarray, # (..., H, W) square
@@ -166,7 +166,7 @@ def _turn_parts(parts, position):
     return a*(sign if position & 1 else 1)*(sign[:, None] if position & 2 else np.float32(1))
 
 # %% ../nbs/library/09_audit.ipynb #046e46e0
-THRESHOLDS = dict(coarse=.9, detail=.75) # least correlation of the two parts, 0..1
+THRESHOLDS = dict(coarse=.7, detail=.7) # least correlation of the two parts, 0..1
 
 def _unit(x):
     x = np.ascontiguousarray(x.reshape(len(x), -1))
@@ -340,6 +340,37 @@ def known_sets(
     if not found: raise HistoDiffusionError("There is no mirror to audit: set HISTODIFFUSION_DATA_MIRROR to its folder.")
     return found
 
+# %% ../nbs/library/09_audit.ipynb #a8b3d285
+def may_show(
+    spec:str, # name of a set
+) -> bool:
+    "Whether single patches of a set may be published: procedural, CC0 or CC BY."
+    licence = REGISTRY[spec].licence.upper() if spec in REGISTRY else ""
+    return spec.startswith("phantom:") or licence == "CC0" or licence.startswith(("CC0 ", "CC BY "))
+
+def read_pictures(
+    spec:str, # name of a set
+    indices, # rows of the set's scan
+    side:int=64, # of the pictures, px
+    size:int=64, # side of a phantom's patches, px
+) -> np.ndarray: # (N, side, side, 3) uint8
+    "The centre squares of some images of a set, at one size."
+    if spec.startswith("phantom:"): images = [Image.fromarray(im) for im in load_patches(spec, size, 3).images[np.asarray(indices, int)]]
+    else: images = [read_image(_find_folder(spec)/f) for f in scan_set(spec).table.file.to_numpy()[np.asarray(indices, int)]]
+    square = [_square(im, side, 3) for im in images]
+    return np.stack(square) if square else np.zeros((0, side, side, 3), np.uint8)
+
+def pair_pictures(
+    a:str, # name of a set
+    b:str, # name of the other
+    pairs:pd.DataFrame, # rows of `find_overlap`
+    side:int=64, # of each picture, px
+) -> np.ndarray: # (N, side, 2*side, 3) uint8
+    "Pairs side by side, the second one turned to match."
+    left, right = read_pictures(a, pairs.i, side), read_pictures(b, pairs.j, side)
+    right = [np.moveaxis(turn(np.moveaxis(im, -1, 0), k), 0, -1) for im, k in zip(right, pairs.position)]
+    return np.concatenate([left, np.stack(right)], 2) if len(left) else np.zeros((0, side, 2*side, 3), np.uint8)
+
 # %% ../nbs/library/09_audit.ipynb #2ff5ed8e
 LEAK_COLUMNS = ["target", "pretrain", "pretrain_file", "target_file", "index", "label", "split", "distance", "kind"]
 
@@ -380,3 +411,15 @@ def refuse_leakage(
         f"Pre-training set '{worst}' repeats {counts} patch(es) of the target '{first.target}' (such as {first.pretrain_file} = "
         f"{first.target_file}{f'; so do {len(others)} other set(s)' if others else ''}): leave it out of --pretrain-sets, or go on "
         f"with --allow-leakage{f' (all pairs: {where})' if where else ''}.")
+
+
+def write_leaks(
+    leaks:pd.DataFrame, # of `leakage`, for one target
+    path, # CSV file, which may hold the leaks of other targets
+    target:str, # name of the labelled set
+) -> Path:
+    "Write the pairs of one target, and leave those of other targets as they are."
+    old = pd.read_csv(path, dtype=object) if Path(path).exists() else leaks[:0]
+    parts = [p for p in (old[old.target != target], leaks) if len(p)]
+    with atomic_path(path) as p: (pd.concat(parts) if parts else leaks[:0]).to_csv(p, index=False)
+    return Path(path)

@@ -70,7 +70,10 @@ def build_parser() -> Parser:
         p = commands.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.", epilog=explain(name),
                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
         if name == "data":
-            p.add_argument("action", nargs="?", choices=["show", "list"], default="show", help="list: the known names")
+            p.add_argument("action", nargs="?", choices=["show", "list", "audit"], default="show",
+                           help="list: the known names; audit SET ...: what sets hold, repeat and share")  # fmt: skip
+            p.add_argument("sets", nargs="*", metavar="SET", help="sets to audit, or 'mirror' (default: the labelled set "
+                           "and the pre-training sets)")  # fmt: skip
         p.add_argument("--profile", help=f"preset of scale (default: the one in settings.ini); {presets}")
         p.add_argument("--dataset", default="phantom:target", help="labelled set: phantom:LABORATORY[:N[:SEED]], "
                        "folder:PATH with class/image below, or a name (see 'data list'; default: phantom:target)")  # fmt: skip
@@ -85,6 +88,8 @@ def build_parser() -> Parser:
         p.add_argument("--dry-run", action="store_true", help="only say what would be made, and estimate time and disk")
         p.add_argument("--skip-corrupt", action="store_true", help="name corrupt images and leave them out, instead "
                        "of stopping")  # fmt: skip
+        p.add_argument("--allow-leakage", action="store_true", help="go on though pre-training sets repeat test patches of "
+                       "the target")  # fmt: skip
         p.add_argument("--force", action="store_true", help="make this command's stages anew, and all that follows")
         if name == "reproduce":
             p.add_argument("--cores", type=int, metavar="N", help="processor cores to use (default: all)")
@@ -100,7 +105,8 @@ def make_run(args):
     if args.seeds:
         overrides["seeds"] = [n for numbers in args.seeds for n in numbers]
     fraction = overrides.pop("label_fraction", None) if args.label_fraction is None else args.label_fraction
-    run = Run(args.profile, args.dataset, args.pretrain_sets, fraction, 0, overrides, args.skip_corrupt)
+    run = Run(args.profile, args.dataset, args.pretrain_sets, fraction, 0, overrides, args.skip_corrupt,
+              args.allow_leakage)  # fmt: skip
     if getattr(args, "cores", None) is not None and args.cores < 1:
         raise HistoDiffusionError(f"--cores is {args.cores}: give a whole number of 1 or more.")
     return run.with_seed(run.knobs.seeds[0])
@@ -144,6 +150,28 @@ def list_data() -> None:
     print(f"mirror: {mirror or 'none; set HISTODIFFUSION_DATA_MIRROR to the folder that holds the missing ones'}")
 
 
+def audit_data(args) -> None:
+    "Print what sets hold and repeat, and what each pair of them shares."
+    from itertools import combinations
+
+    from histodiffusion.audit import audit_pair, audit_set, known_sets
+
+    if args.sets:
+        specs = known_sets("mirror" if args.sets == ["mirror"] else args.sets)
+    else:
+        run = make_run(args)
+        specs = known_sets([run.dataset, *run.pretrain_sets])
+    for spec in specs:
+        audit = audit_set(spec)
+        print(f"{audit!r}\n")
+        for row in audit.scan.corrupt.itertuples():
+            print(f"corrupt: {row.file} ({row.reason})")
+    for a, b in combinations(specs, 2):
+        row = audit_pair(a, b)
+        example = f", such as {row['example']}" if row["example"] else ""
+        print(f"{a} and {b}: {row['exact']} exact, {row['near']} near, {row['flat']} flat pairs{example}")
+
+
 def show_data(run) -> None:
     "Print splits, class counts and fingerprints."
     from histodiffusion.datasets import labelled_fraction, load_patches, pool_counts, split_patches
@@ -173,6 +201,9 @@ def run_command(args) -> int:
 
     if args.command == "data" and args.action == "list":
         list_data()
+        return 0
+    if args.command == "data" and args.action == "audit":
+        audit_data(args)
         return 0
     run = make_run(args)
     if args.command == "reproduce":
