@@ -54,8 +54,8 @@ def is_flat(
     thumbs:np.ndarray, # (N, 32, 32) uint8
 ) -> np.ndarray: # (N,) bool
     "Whether fewer than a tenth of the pixels lie more than ten levels from the median."
-    t = np.reshape(thumbs, (len(thumbs), -1)).astype(np.int16)
-    return (np.abs(t - np.median(t, axis=1, keepdims=True)) > 10).mean(1) < .1 if len(t) else np.zeros(0, bool)
+    t = np.reshape(thumbs, (len(thumbs), SIDE*SIDE)).astype(np.int16)
+    return (np.abs(t - np.median(t, axis=1, keepdims=True)) > 10).mean(1) < .1
 
 # %% ../nbs/library/09_audit.ipynb #7e54519e
 @dataclass
@@ -147,6 +147,7 @@ def cosine_parts(
 ) -> np.ndarray: # (N, 24, 24) float32 coefficients of the lowest frequencies
     "Discrete cosine transform of thumbnails, weighted by frequency, without mean and finest noise."
     from scipy.fft import dctn
+    if not len(thumbs): return np.zeros((0, FINE, FINE), np.float32)
     c = dctn(np.asarray(thumbs, dtype=np.float32), axes=(1, 2), norm="ortho")[:, :FINE, :FINE]
     return c*np.hypot(*np.indices((FINE, FINE))).astype(np.float32)
 
@@ -169,7 +170,7 @@ def _turn_parts(parts, position):
 THRESHOLDS = dict(coarse=.7, detail=.7) # least correlation of the two parts, 0..1
 
 def _unit(x):
-    x = np.ascontiguousarray(x.reshape(len(x), -1))
+    x = np.ascontiguousarray(x.reshape(len(x), x.shape[1]*x.shape[2]))
     return x/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-3)
 
 def _split_parts(parts):
@@ -224,7 +225,7 @@ def find_overlap(
     one, two = scan_set(a, size), scan_set(b or a, size)
     code = hash_object([FORMAT, one.code, two.code, coarse, detail])[:16]
     path = _store(f"pairs-{code}.csv")
-    if path.exists(): return pd.read_csv(path, keep_default_na=False, dtype=dict(label_a=str, label_b=str, file_a=str, file_b=str))
+    if path.exists(): return _load_pairs(path)
     same = one.code == two.code
     near = _near(one, two, same, coarse, detail)
     exact = pd.DataFrame(_exact(one, two, same), columns=["i", "j"]).assign(position=0, coarse=1., detail=1.)
@@ -237,7 +238,12 @@ def find_overlap(
     pairs["kind"] = np.where(flat, "flat", pairs.kind)
     pairs = pairs.sort_values(["distance", "i", "j"], kind="stable")[PAIR_COLUMNS].round(5).reset_index(drop=True)
     with atomic_path(path) as p: pairs.to_csv(p, index=False)
-    return pairs
+    return _load_pairs(path)
+
+def _load_pairs(path):
+    "Pairs that were stored."
+    kinds = dict.fromkeys(("i", "j", "position"), int) | dict.fromkeys(("coarse", "detail", "distance"), float)
+    return pd.read_csv(path, keep_default_na=False, dtype={c: kinds.get(c, str) for c in PAIR_COLUMNS})
 
 # %% ../nbs/library/09_audit.ipynb #f1d16b32
 @dataclass
