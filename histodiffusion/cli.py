@@ -10,7 +10,8 @@ from histodiffusion.core import HistoDiffusionError, load_settings, read_json
 
 COMMANDS = {
     "reproduce": "make Table 1 and Figure 2, and every stage they need, by executing the notebooks",
-    "data": "show the labelled set, its splits and the pre-training sets ('data list': the known names)",
+    "data": "show the labelled set, its splits and the pre-training sets ('data list': the known names; 'data audit': "
+            "what sets hold, repeat and share)",  # fmt: skip
     "pretrain": "train autoencoder and diffusion prior on unlabelled patches",
     "adapt": "fine-tune the prior and train the latent classifier on the few labelled patches",
     "synthesize": "sample patches class by class with classifier guidance",
@@ -205,6 +206,9 @@ def run_command(args) -> int:
     if args.command == "data" and args.action == "audit":
         audit_data(args)
         return 0
+    if args.command == "data" and args.sets:
+        raise HistoDiffusionError(f"'data {args.action}' takes no '{args.sets[0]}': give the labelled set by --dataset, "
+                                  "or use 'data audit SET ...'.")  # fmt: skip
     run = make_run(args)
     if args.command == "reproduce":
         return reproduce(run, cores=args.cores, dry_run=args.dry_run, force=args.force)
