@@ -11,7 +11,7 @@ from histodiffusion.core import HistoDiffusionError, load_settings, read_json
 COMMANDS = {
     "reproduce": "make Table 1 and Figure 2, and every stage they need, by executing the notebooks",
     "data": "show the labelled set, its splits and the pre-training sets ('data list': the known names; 'data audit': "
-            "what sets hold, repeat and share)",  # fmt: skip
+    "what sets hold, repeat and share)",
     "pretrain": "train autoencoder and diffusion prior on unlabelled patches",
     "adapt": "fine-tune the prior and train the latent classifier on the few labelled patches",
     "synthesize": "sample patches class by class with classifier guidance",
