@@ -155,6 +155,8 @@ def audit_data(args) -> None:
     "Print what sets hold and repeat, and what each pair of them shares."
     from itertools import combinations
 
+    import pandas as pd
+
     from histodiffusion.audit import audit_pair, audit_set, known_sets
 
     if args.sets:
@@ -162,15 +164,21 @@ def audit_data(args) -> None:
     else:
         run = make_run(args)
         specs = known_sets([run.dataset, *run.pretrain_sets])
-    for spec in specs:
-        audit = audit_set(spec)
-        print(f"{audit!r}\n")
+    audits = [audit_set(spec) for spec in specs]
+    columns = ["set", "images", "side", "classes", "licence", "corrupt", "exact", "near", "flat", "conflicts", "crossings"]
+    print(pd.concat([a.table for a in audits])[columns].to_string(index=False))
+    print("exact, near: pairs of copies; flat: nearly empty images; conflicts: copies with two labels; "
+          "crossings: copies in two splits")  # fmt: skip
+    for audit in audits:
         for row in audit.scan.corrupt.itertuples():
             print(f"corrupt: {row.file} ({row.reason})")
-    for a, b in combinations(specs, 2):
-        row = audit_pair(a, b)
-        example = f", such as {row['example']}" if row["example"] else ""
-        print(f"{a} and {b}: {row['exact']} exact, {row['near']} near, {row['flat']} flat pairs{example}")
+    pairs = list(combinations(specs, 2))
+    rows = {(a, b): audit_pair(a, b) for a, b in pairs}
+    shared = {ab: row for ab, row in rows.items() if row["exact"] + row["near"]}
+    for (a, b), row in shared.items():
+        print(f"{a} and {b} share images: {row['exact']} exact, {row['near']} near pairs, such as {row['example']}")
+    if len(pairs) > len(shared):
+        print(f"{len(pairs) - len(shared)} pairs of sets share nothing that was found")
 
 
 def show_data(run) -> None:
@@ -200,15 +208,15 @@ def run_command(args) -> int:
     "Do what the options ask for."
     from histodiffusion.reproduce import describe_plan, reproduce
 
+    if args.command == "data" and args.action != "audit" and args.sets:
+        raise HistoDiffusionError(f"'data {args.action}' takes no '{args.sets[0]}': give the labelled set by --dataset, "
+                                  "or use 'data audit SET ...'.")  # fmt: skip
     if args.command == "data" and args.action == "list":
         list_data()
         return 0
     if args.command == "data" and args.action == "audit":
         audit_data(args)
         return 0
-    if args.command == "data" and args.sets:
-        raise HistoDiffusionError(f"'data {args.action}' takes no '{args.sets[0]}': give the labelled set by --dataset, "
-                                  "or use 'data audit SET ...'.")  # fmt: skip
     run = make_run(args)
     if args.command == "reproduce":
         return reproduce(run, cores=args.cores, dry_run=args.dry_run, force=args.force)

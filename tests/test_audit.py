@@ -225,7 +225,9 @@ def test_command_names_what_is_shared(tmp_path, target, tissue, capsys):
     (tmp_path / "archive" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     assert main(["data", "audit", f"folder:{target}", other]) == 0
     said = capsys.readouterr().out
-    assert "corrupt: bad.png" in said and "0 exact, 1 near, 0 flat pairs, such as b/3.png = scan.png" in said
+    assert "corrupt: bad.png" in said and "0 exact, 1 near pairs, such as b/3.png = scan.png" in said
+    assert main(["data", "list", "pcam"]) == 2
+    assert "use 'data audit SET ...'" in capsys.readouterr().err
     assert main(["data", "audit", "katter"]) == 2
     assert "Unknown data set 'katter'" in capsys.readouterr().err
 
