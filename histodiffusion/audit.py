@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SIDE', 'FORMAT', 'COARSE', 'FINE', 'THRESHOLDS', 'PAIR_COLUMNS', 'LEAK_COLUMNS', 'colour_statistics',
            'thumbnail', 'is_flat', 'Scan', 'scan_set', 'cosine_parts', 'turn', 'find_overlap', 'Audit', 'audit_set',
-           'summary', 'audit_pair', 'audit_sets', 'known_sets', 'may_show', 'read_pictures', 'pair_pictures', 'leakage',
+           'audit_pair', 'audit_sets', 'known_sets', 'may_show', 'read_pictures', 'pair_pictures', 'leakage',
            'refuse_leakage', 'write_leaks']
 
 # %% ../nbs/library/09_audit.ipynb #0dbb2660
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from PIL import Image
 
 from .core import HistoDiffusionError, atomic_path, hash_object, load_settings, progress
@@ -291,8 +292,9 @@ def _range(values, unit=""):
     low, high = (values.min(), values.max()) if len(values) else (0, 0)
     return f"{low:g}{unit}" if low == high else f"{low:g}–{high:g}{unit}"
 
-def summary(self):
-    "The set in one row."
+@patch
+def summary(self:Audit) -> dict: # a row of the audit's table
+    "The set in one row: files, classes, copies, colour."
     t, kind, known = self.scan.table, self.pairs.kind.value_counts(), REGISTRY.get(self.scan.spec)
     classes = t.label[t.label != ""].value_counts().sort_index()
     grey = (t["mode"].isin(["L", "1", "I;16"])).all()
@@ -310,8 +312,6 @@ def summary(self):
 def _short(spec):
     "A set's name without the way to its folder."
     return f"folder:{Path(spec[7:]).name}" if spec.startswith("folder:") else spec
-
-Audit.summary = summary
 
 # %% ../nbs/library/09_audit.ipynb #12d9f936
 def audit_pair(
