@@ -10,7 +10,8 @@ from histodiffusion.core import HistoDiffusionError, load_settings, read_json
 
 COMMANDS = {
     "reproduce": "make Table 1 and Figure 2, and every stage they need, by executing the notebooks",
-    "data": "show the labelled set, its splits and the pre-training sets ('data list': the known names)",
+    "data": "show the labelled set, its splits and the pre-training sets ('data list': the known names; 'data audit': "
+    "what sets hold, repeat and share)",
     "pretrain": "train autoencoder and diffusion prior on unlabelled patches",
     "adapt": "fine-tune the prior and train the latent classifier on the few labelled patches",
     "synthesize": "sample patches class by class with classifier guidance",
@@ -70,7 +71,10 @@ def build_parser() -> Parser:
         p = commands.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.", epilog=explain(name),
                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
         if name == "data":
-            p.add_argument("action", nargs="?", choices=["show", "list"], default="show", help="list: the known names")
+            p.add_argument("action", nargs="?", choices=["show", "list", "audit"], default="show",
+                           help="list: the known names; audit SET ...: what sets hold, repeat and share")  # fmt: skip
+            p.add_argument("sets", nargs="*", metavar="SET", help="sets to audit, or 'mirror' (default: the labelled set "
+                           "and the pre-training sets)")  # fmt: skip
         p.add_argument("--profile", help=f"preset of scale (default: the one in settings.ini); {presets}")
         p.add_argument("--dataset", default="phantom:target", help="labelled set: phantom:LABORATORY[:N[:SEED]], "
                        "folder:PATH with class/image below, or a name (see 'data list'; default: phantom:target)")  # fmt: skip
@@ -85,6 +89,8 @@ def build_parser() -> Parser:
         p.add_argument("--dry-run", action="store_true", help="only say what would be made, and estimate time and disk")
         p.add_argument("--skip-corrupt", action="store_true", help="name corrupt images and leave them out, instead "
                        "of stopping")  # fmt: skip
+        p.add_argument("--allow-leakage", action="store_true", help="go on though pre-training sets repeat test patches of "
+                       "the target")  # fmt: skip
         p.add_argument("--force", action="store_true", help="make this command's stages anew, and all that follows")
         if name == "reproduce":
             p.add_argument("--cores", type=int, metavar="N", help="processor cores to use (default: all)")
@@ -100,7 +106,8 @@ def make_run(args):
     if args.seeds:
         overrides["seeds"] = [n for numbers in args.seeds for n in numbers]
     fraction = overrides.pop("label_fraction", None) if args.label_fraction is None else args.label_fraction
-    run = Run(args.profile, args.dataset, args.pretrain_sets, fraction, 0, overrides, args.skip_corrupt)
+    run = Run(args.profile, args.dataset, args.pretrain_sets, fraction, 0, overrides, args.skip_corrupt,
+              args.allow_leakage)  # fmt: skip
     if getattr(args, "cores", None) is not None and args.cores < 1:
         raise HistoDiffusionError(f"--cores is {args.cores}: give a whole number of 1 or more.")
     return run.with_seed(run.knobs.seeds[0])
@@ -144,6 +151,36 @@ def list_data() -> None:
     print(f"mirror: {mirror or 'none; set HISTODIFFUSION_DATA_MIRROR to the folder that holds the missing ones'}")
 
 
+def audit_data(args) -> None:
+    "Print what sets hold and repeat, and what each pair of them shares."
+    from itertools import combinations
+
+    import pandas as pd
+
+    from histodiffusion.audit import audit_pair, audit_set, known_sets
+
+    if args.sets:
+        specs = known_sets("mirror" if args.sets == ["mirror"] else args.sets)
+    else:
+        run = make_run(args)
+        specs = known_sets([run.dataset, *run.pretrain_sets])
+    audits = [audit_set(spec) for spec in specs]
+    columns = ["set", "images", "side", "classes", "licence", "corrupt", "exact", "near", "flat", "conflicts", "crossings"]
+    print(pd.concat([a.table for a in audits])[columns].to_string(index=False))
+    print("exact, near: pairs of copies; flat: nearly empty images; conflicts: copies with two labels; "
+          "crossings: copies in two splits")  # fmt: skip
+    for audit in audits:
+        for row in audit.scan.corrupt.itertuples():
+            print(f"corrupt: {row.file} ({row.reason})")
+    pairs = list(combinations(specs, 2))
+    rows = {(a, b): audit_pair(a, b) for a, b in pairs}
+    shared = {ab: row for ab, row in rows.items() if row["exact"] + row["near"]}
+    for (a, b), row in shared.items():
+        print(f"{a} and {b} share images: {row['exact']} exact, {row['near']} near pairs, such as {row['example']}")
+    if len(pairs) > len(shared):
+        print(f"{len(pairs) - len(shared)} pairs of sets share nothing that was found")
+
+
 def show_data(run) -> None:
     "Print splits, class counts and fingerprints."
     from histodiffusion.datasets import labelled_fraction, load_patches, pool_counts, split_patches
@@ -171,8 +208,14 @@ def run_command(args) -> int:
     "Do what the options ask for."
     from histodiffusion.reproduce import describe_plan, reproduce
 
+    if args.command == "data" and args.action != "audit" and args.sets:
+        raise HistoDiffusionError(f"'data {args.action}' takes no '{args.sets[0]}': give the labelled set by --dataset, "
+                                  "or use 'data audit SET ...'.")  # fmt: skip
     if args.command == "data" and args.action == "list":
         list_data()
+        return 0
+    if args.command == "data" and args.action == "audit":
+        audit_data(args)
         return 0
     run = make_run(args)
     if args.command == "reproduce":

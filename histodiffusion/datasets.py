@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['REGISTRY', 'IMAGE_SUFFIXES', 'SPLITS', 'PRETRAINING', 'DatasetInfo', 'list_images', 'parse_phantom',
            'dataset_channels', 'read_image', 'dataset_fingerprint', 'group_keys', 'dataset_classes', 'packed_dataset',
-           'PatchSet', 'load_patches', 'to_grey', 'split_patches', 'labelled_fraction', 'cut_patch', 'pool_counts',
-           'unlabelled_pool', 'default_pretraining']
+           'PatchSet', 'square_patch', 'load_patches', 'to_grey', 'split_patches', 'labelled_fraction', 'cut_patch',
+           'pool_counts', 'unlabelled_pool', 'default_pretraining']
 
 # %% ../nbs/library/05_datasets.ipynb #a345315d
 import hashlib
@@ -211,8 +211,12 @@ class PatchSet:
     def counts(self): return {c: int((self.labels == k).sum()) for k, c in enumerate(self.classes)}
 
 # %% ../nbs/library/05_datasets.ipynb #c94904c2
-def _square(image, size, channels):
-    "Centre square of an image at `size` px, as (size, size, channels) uint8."
+def square_patch(
+    image:np.ndarray, # (H, W, C) uint8
+    size:int, # side of the patch, px
+    channels:int, # 1 grey, 3 RGB
+) -> np.ndarray: # (size, size, channels) uint8
+    "The centre square of an image."
     if image.shape == (size, size, channels): return image
     picture = _picture(image).convert("L" if channels == 1 else "RGB")
     side = min(picture.size)
@@ -238,7 +242,7 @@ def load_patches(
                                   "or more: arrange the images as class/image.")
     packed = packed_dataset(spec, skip_corrupt)
     known = np.flatnonzero(packed.labels >= 0)  # images outside the class folders have no label
-    images = np.stack([_square(packed[i], size, channels) for i in known])
+    images = np.stack([square_patch(packed[i], size, channels) for i in known])
     keys, groups = [packed.keys[i] for i in known], [packed.groups[i] for i in known]
     return PatchSet(images, packed.labels[known], packed.classes, keys, spec, groups if any(groups) else None)
 

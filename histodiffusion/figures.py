@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DPI', 'FULL_WIDTH', 'COLUMN_WIDTH', 'figure_style', 'save_figure', 'montage', 'show_patches', 'figure_2',
-           'plot_history', 'plot_gain', 'plot_selection', 'plot_noise_accuracy']
+           'contact_sheet', 'plot_history', 'plot_gain', 'plot_selection', 'plot_noise_accuracy']
 
 # %% ../nbs/library/18_figures.ipynb #3c0fe183
 import contextlib
@@ -139,6 +139,26 @@ def figure_2(
             fig.text((left + j*(w + space) + w/2)/width, 1 - top/2/height, title, weight="bold", ha="center", **text)
         for i, c in enumerate(class_names):
             fig.text((left - 8)/width, 1 - (top + (i + .5)*h/len(class_names))/height, c, ha="right", **text)
+    return fig
+
+# %% ../nbs/library/18_figures.ipynb #5c684599
+def contact_sheet(
+    rows:dict, # label -> (N, H, W, C) uint8 patches, C 1 or 3; the same H and W in each row
+    gap:int=2, # white pixels between patches
+) -> Figure:
+    "Labelled rows of patches, at their own pixels."
+    if not any(len(r) for r in rows.values()): raise HistoDiffusionError("There is no patch for a contact sheet: give at least one.")
+    pictures = [montage(r, max(1, len(r)), 1, gap=gap) for r in rows.values()]
+    labels, size = [textwrap.fill(t, 22) for t in rows], 7
+    left = int(max(len(line) for t in labels for line in t.splitlines())*size*.6*DPI/72) + 16
+    width, space = left + max(p.shape[1] for p in pictures) + 4, 8
+    height = 4 + sum(p.shape[0] + space for p in pictures)
+    with figure_style():
+        fig, y = plt.figure(figsize=(width/DPI, height/DPI), layout="none", dpi=DPI), 4
+        for label, picture in zip(labels, pictures):
+            _place(fig, picture, left, y)
+            fig.text((left - 10)/width, 1 - (y + picture.shape[0]/2)/height, label, ha="right", va="center", fontsize=size)
+            y += picture.shape[0] + space
     return fig
 
 # %% ../nbs/library/18_figures.ipynb #6340ea08

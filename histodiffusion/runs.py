@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'FORMAT', 'StageSpec', 'upstream_of', 'downstream_of', 'stage_fields', 'Run', 'stage_inputs', 'stage_key',
            'stage_home', 'provenance_path', 'is_done', 'commit_of', 'machine', 'made_with', 'provenance', 'StageConfig',
-           'inside', 'stage_folder', 'command_of', 'stage', 'forget']
+           'inside', 'stage_folder', 'check_leakage', 'command_of', 'stage', 'forget']
 
 # %% ../nbs/library/20_runs.ipynb #5fd66685
 import contextlib, copy, functools, importlib.metadata, os, platform, re, shlex, shutil, subprocess, sys, time
@@ -108,6 +108,7 @@ class Run:
     seed: int = 0 # which labelled subset, and all noise after it, >= 0
     overrides: dict = field(default_factory=dict) # knobs of the profile to change
     skip_corrupt: bool = False # leave corrupt images out, naming them, instead of stopping
+    allow_leakage: bool = False # go on though pre-training sets repeat test patches of the target
 
     def __post_init__(self):
         put = functools.partial(object.__setattr__, self)
@@ -123,7 +124,7 @@ class Run:
         put("pretrain_sets", tuple(map(_full_name, [given] if isinstance(given, str) else given)))
         if type(self.seed) is not int or self.seed < 0:
             raise HistoDiffusionError(f"seed is {self.seed!r}: give a whole number of 0 or more.")
-        _refuse_leak(self)
+        if not self.allow_leakage: _refuse_leak(self)
 
 # %% ../nbs/library/20_runs.ipynb #90e3a087
 def _full_name(spec):
@@ -145,14 +146,15 @@ def _refuse_leak(run):
     for s in run.pretrain_sets:
         if _source(s) == _source(run.dataset):
             raise HistoDiffusionError(f"Pre-training set '{s}' shares its images with the target '{run.dataset}', so "
-                                      "test patches would be learnt from: leave it out of --pretrain-sets.")
+                                      "test patches would be learnt from: leave it out of --pretrain-sets, or go on with "
+                                      "--allow-leakage.")
 
 # %% ../nbs/library/20_runs.ipynb #6edf7acc
 @patch(as_prop=True)
 def parameters(self:Run):
     "The run as JSON can hold it."
     return dict(profile=self.profile, dataset=self.dataset, pretrain_sets=list(self.pretrain_sets),
-                label_fraction=self.label_fraction, seed=self.seed, skip_corrupt=self.skip_corrupt,
+                label_fraction=self.label_fraction, seed=self.seed, skip_corrupt=self.skip_corrupt, allow_leakage=self.allow_leakage,
                 overrides={k: list(v) if isinstance(v, tuple) else v for k, v in self.overrides.items()})
 
 @patch
@@ -295,9 +297,8 @@ def machine() -> dict: # cpu, cores, threads, device, system
 
 def made_with() -> dict: # commit, dirty, versions, machine, date
     "What every record says of the code and the machine."
-    return dict(**commit_of(load_settings().root),
-                versions=dict(python=platform.python_version()) | {p: _version(p) for p in _PACKAGES},
-                machine=machine(), date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    return dict(**commit_of(load_settings().root), machine=machine(), date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                versions=dict(python=platform.python_version()) | {p: _version(p) for p in _PACKAGES})
 
 def provenance(
     run:Run,
@@ -402,6 +403,21 @@ def stage_folder(
                                   "and give the same command again, which continues where this one stopped.") from e
     finally: attempt.close(done)
 
+# %% ../nbs/library/20_runs.ipynb #20787ace
+def check_leakage(
+    run:Run,
+):
+    "Stop where pre-training sets repeat the target's test or validation patches; the pairs are written beside the pool."
+    phantom = lambda s: s.startswith("phantom:")
+    sets = [s for s in run.pretrain_sets if not (phantom(s) and phantom(run.dataset))]
+    if run._known.get("leakage checked") or not sets: return
+    from histodiffusion.audit import leakage, refuse_leakage, write_leaks
+    leaks = leakage(run.dataset, sets, run.knobs.image_size)
+    path = write_leaks(leaks, run.folder("pretraining_data")/"leakage.csv", run.dataset)
+    if not run.allow_leakage: refuse_leakage(leaks, path)
+    elif len(leaks): print(f"going on, although {len(leaks)} pairs of patches stand in the pool and in '{run.dataset}': {path}")
+    run._known["leakage checked"] = True
+
 # %% ../nbs/library/20_runs.ipynb #7232c7a8
 def command_of(
     run:Run,
@@ -413,6 +429,7 @@ def command_of(
     if run.pretrain_sets != default.pretrain_sets: words += ["--pretrain-sets", *run.pretrain_sets]
     if run.label_fraction != default.label_fraction: words += ["--label-fraction", str(run.label_fraction)]
     if run.seed and verb not in ("evaluate", "reproduce"): words += ["--seed", str(run.seed)]
+    if run.allow_leakage: words += ["--allow-leakage"]
     for k, v in run.overrides.items():
         text = ",".join(map(str, v)) if isinstance(v, tuple | list) else v
         if k != "label_fraction": words += ["--set", f"{k}={text}"]
@@ -430,6 +447,7 @@ def stage(
                 if not r.done(upstream):
                     raise HistoDiffusionError(f"Stage '{name}' needs '{upstream}', which has not been made: run "
                                               f"'{command_of(r, STAGES[upstream].command)}' first.")
+            if "pretraining" in {STAGES[s].data for s in upstream_of(name)}: check_leakage(run)
             with stage_folder(run, name) as (folder, done):
                 if not done: f(inside(run, name), folder)
             return folder
