@@ -19,8 +19,8 @@ import pandas as pd
 from PIL import Image
 
 from .core import HistoDiffusionError, load_settings, progress, read_json, write_json
-from .download import (UnfinishedError, check_file, download_file, forget_download, format_bytes, read_h5, read_ledger,
-                                     unpack_archive)
+from .download import (UnfinishedError, check_file, download_file, forget_download, format_bytes, read_h5,
+                                     read_ledger, unpack_archive)
 
 # %% ../nbs/library/03_registry.ipynb #ece09210
 @dataclass(frozen=True)
@@ -57,103 +57,125 @@ class DatasetInfo:
     note: str = "" # what a user should know before trusting it
 
 # %% ../nbs/library/03_registry.ipynb #72fc3c77
-_CC_BY, _CC_BY_NC_SA = "https://creativecommons.org/licenses/by/4.0/", "https://creativecommons.org/licenses/by-nc-sa/4.0/"
+_CC_BY = "https://creativecommons.org/licenses/by/4.0/"
+_CC_BY_NC_SA = "https://creativecommons.org/licenses/by-nc-sa/4.0/"
 _NINE = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
-_KATHER_2018 = "Kather JN, Halama N, Marx A. 100,000 histological images of human colorectal cancer and healthy tissue. " \
-               "Zenodo 2018, doi:10.5281/zenodo.1214456"
+_KATHER_2018 = ("Kather JN, Halama N, Marx A. 100,000 histological images of human colorectal cancer and healthy "
+                "tissue. Zenodo 2018, doi:10.5281/zenodo.1214456")
 
 def _nct(name, title, folder, checksum, size, counts, note):
     "One of the three archives of Zenodo record 1214456."
     page = "https://zenodo.org/records/1214456"
     file = RemoteFile(f"{page}/files/{folder}.zip?download=1", checksum, size, root=folder)
-    return DatasetInfo(name, title, 3, (112, 160, 224), "CC BY 4.0", "nct-crc", True, (file,), False, _CC_BY, _KATHER_2018, page,
-                       _NINE, counts, .5, note=note + " File names carry neither slide nor patient.")
+    return DatasetInfo(name, title, 3, (112, 160, 224), "CC BY 4.0", "nct-crc", True, (file,), licence_url=_CC_BY,
+                       citation=_KATHER_2018, homepage=page, classes=_NINE, counts=counts, pixel=.5,
+                       note=note + " File names carry neither slide nor patient.")
 
 _100K = (10407, 10566, 11512, 11557, 8896, 13536, 8763, 10446, 14317)
 _NCT = (
-    _nct("nct-crc-he-100k", "NCT-CRC-HE-100K, colour-normalised, 224 px", "NCT-CRC-HE-100K", "md5:6fd702d11df6292bc054397ae038a464",
-         11_690_284_003, _100K, "md5 035777…, which some programs give for this file, is that of NCT-CRC-HE-100K-NONORM.zip."),
+    _nct("nct-crc-he-100k", "NCT-CRC-HE-100K, colour-normalised, 224 px", "NCT-CRC-HE-100K",
+         "md5:6fd702d11df6292bc054397ae038a464", 11_690_284_003, _100K,
+         "md5 035777…, which some programs give for this file, is that of NCT-CRC-HE-100K-NONORM.zip."),
     _nct("nct-crc-he-100k-nonorm", "NCT-CRC-HE-100K without colour normalisation, 224 px", "NCT-CRC-HE-100K-NONORM",
          "md5:035777cf327776a71a05c95da6d6325f", None, _100K, "About 11.7 GB; the exact size was not checked."),
-    _nct("crc-val-he-7k", "CRC-VAL-HE-7K, 50 other patients, 224 px", "CRC-VAL-HE-7K", "md5:2fd1651b4f94ebd818ebf90ad2b6ce06",
-         800_276_929, (1338, 847, 339, 634, 1035, 592, 741, 421, 1233), "No patient of it is in NCT-CRC-HE-100K."),
+    _nct("crc-val-he-7k", "CRC-VAL-HE-7K, 50 other patients, 224 px", "CRC-VAL-HE-7K",
+         "md5:2fd1651b4f94ebd818ebf90ad2b6ce06", 800_276_929, (1338, 847, 339, 634, 1035, 592, 741, 421, 1233),
+         "No patient of it is in NCT-CRC-HE-100K."),
 )
 
 # %% ../nbs/library/03_registry.ipynb #45ad27a8
 _KATHER = DatasetInfo(
     "kather2016", "Kather 2016 textures, colour, 150 px", 3, (96, 150), "CC BY 4.0", "kather2016", True,
     (RemoteFile("https://zenodo.org/records/53169/files/Kather_texture_2016_image_tiles_5000.zip?download=1",
-                "md5:0ddbebfc56344752028fda72602aaade", 258_098_431, root="Kather_texture_2016_image_tiles_5000"),), False, _CC_BY,
-    "Kather JN et al. Multi-class texture analysis in colorectal cancer histology. Scientific Reports 2016, 6:27988, "
-    "doi:10.1038/srep27988", "https://zenodo.org/records/53169",
-    ("01_TUMOR", "02_STROMA", "03_COMPLEX", "04_LYMPHO", "05_DEBRIS", "06_MUCOSA", "07_ADIPOSE", "08_EMPTY"), (625,)*8, .495,
-    grouping=r"CRC-Prim-HE-(\d+)", note="Ten slides; the number after CRC-Prim-HE- in a file name is the slide.")
+                "md5:0ddbebfc56344752028fda72602aaade", 258_098_431, root="Kather_texture_2016_image_tiles_5000"),),
+    licence_url=_CC_BY, citation="Kather JN et al. Multi-class texture analysis in colorectal cancer histology. "
+    "Scientific Reports 2016, 6:27988, doi:10.1038/srep27988", homepage="https://zenodo.org/records/53169",
+    classes=("01_TUMOR", "02_STROMA", "03_COMPLEX", "04_LYMPHO", "05_DEBRIS", "06_MUCOSA", "07_ADIPOSE", "08_EMPTY"),
+    counts=(625,)*8, pixel=.495, grouping=r"CRC-Prim-HE-(\d+)",
+    note="Ten slides; the number after CRC-Prim-HE- in a file name is the slide.")
 
 _BREAKHIS = DatasetInfo(
     "breakhis-v1", "BreakHis 1.0, four magnifications, 700 x 460 px", 3, (220, 340, 460), "CC BY 4.0", "breakhis", True,
-    (RemoteFile("http://www.inf.ufpr.br/vri/databases/BreaKHis_v1.tar.gz", root="BreaKHis_v1/histology_slides/breast"),), False, _CC_BY,
-    "Spanhol FA, Oliveira LS, Petitjean C, Heutte L. A dataset for breast cancer histopathological image classification. "
-    "IEEE Transactions on Biomedical Engineering 2016, 63(7):1455-1462",
-    "https://web.inf.ufpr.br/vri/databases/breast-cancer-histopathological-database-breakhis/", ("benign", "malignant"), (2480, 5429),
-    grouping=r"^SOB_[BM]_[A-Z]+-\d+-([^-]+)-", note="Its publisher states neither checksum nor size, and they were not checked; about "
-    "4 GB. Patients are in file names (SOB_M_DC-14-PATIENT-...). Magnifications 40x to 400x are mixed.")
+    (RemoteFile("http://www.inf.ufpr.br/vri/databases/BreaKHis_v1.tar.gz",
+                root="BreaKHis_v1/histology_slides/breast"),),
+    licence_url=_CC_BY, citation="Spanhol FA, Oliveira LS, Petitjean C, Heutte L. A dataset for breast cancer "
+    "histopathological image classification. IEEE Transactions on Biomedical Engineering 2016, 63(7):1455-1462",
+    homepage="https://web.inf.ufpr.br/vri/databases/breast-cancer-histopathological-database-breakhis/",
+    classes=("benign", "malignant"), counts=(2480, 5429), grouping=r"^SOB_[BM]_[A-Z]+-\d+-([^-]+)-",
+    note="Its publisher states neither checksum nor size, and they were not checked; about 4 GB. Patients are in file "
+    "names (SOB_M_DC-14-PATIENT-...). Magnifications 40x to 400x are mixed.")
 
-_PCAM = {  # split and part: sha256 and bytes of the .gz, md5 of the .h5 in it
-    "train_x": ("d619e741468a7ab35c7e4a75e6821b7e7e6c9411705d45708f2a0efc8960656c", 6_421_353_462, "01844da899645b4d6f84946d417ba453"),
-    "train_y": ("b74126d2c01b20d3661f9b46765d29cf4e4fba6faba29c8e0d09d406331ab75a", 21_378, "0781386bf6c2fb62d58ff18891466aca"),
-    "valid_x": ("f82ee1670d027b4ec388048d9eabc2186b77c009655dae76d624c0ecb053ccb2", 805_965_320, "81cf9680f1724c40673f10dc88e909b1"),
-    "valid_y": ("ce1ae30f08feb468447971cfd0472e7becd0ad96d877c64120c72571439ae48c", 3_038, "94d8aacc249253159ce2a2e78a86e658"),
-    "test_x": ("79174c2201ad521602a5888be8f36ee10875f37403dd3f2086caf2182ef87245", 800_875_929, "2614b2e6717d6356be141d9d6dbfcb7e"),
-    "test_y": ("0a522005fccc8bbd04c5a117bfaf81d8da2676f03a29d7499f71d0a0bd6068ef", 3_040, "11ed647efe9fe457a4eb45df1dba19ba"),
+# %% ../nbs/library/03_registry.ipynb #fcdde79f
+_PCAM = {  # split and part: bytes and sha256 of the .gz, md5 of the .h5 in it
+    "train_x": (6_421_353_462, "d619e741468a7ab35c7e4a75e6821b7e7e6c9411705d45708f2a0efc8960656c",
+                "01844da899645b4d6f84946d417ba453"),
+    "train_y": (21_378, "b74126d2c01b20d3661f9b46765d29cf4e4fba6faba29c8e0d09d406331ab75a",
+                "0781386bf6c2fb62d58ff18891466aca"),
+    "valid_x": (805_965_320, "f82ee1670d027b4ec388048d9eabc2186b77c009655dae76d624c0ecb053ccb2",
+                "81cf9680f1724c40673f10dc88e909b1"),
+    "valid_y": (3_038, "ce1ae30f08feb468447971cfd0472e7becd0ad96d877c64120c72571439ae48c",
+                "94d8aacc249253159ce2a2e78a86e658"),
+    "test_x": (800_875_929, "79174c2201ad521602a5888be8f36ee10875f37403dd3f2086caf2182ef87245",
+               "2614b2e6717d6356be141d9d6dbfcb7e"),
+    "test_y": (3_040, "0a522005fccc8bbd04c5a117bfaf81d8da2676f03a29d7499f71d0a0bd6068ef",
+               "11ed647efe9fe457a4eb45df1dba19ba"),
 }
+_PCAM_URL = "https://zenodo.org/records/2546921/files/camelyonpatch_level_2_split_{}.h5.gz?download=1"
 _CAMELYON = DatasetInfo(
     "patchcamelyon", "PatchCamelyon, the whole set, 96 px", 3, (64, 80, 96), "CC0 1.0", "camelyon16", True,
-    tuple(RemoteFile(f"https://zenodo.org/records/2546921/files/camelyonpatch_level_2_split_{k}.h5.gz?download=1", f"sha256:{sha}", size,
-                     unpacked=f"md5:{md5}") for k, (sha, size, md5) in _PCAM.items()), False,
-    "https://creativecommons.org/publicdomain/zero/1.0/",
-    "Veeling BS, Linmans J, Winkens J, Cohen T, Welling M. Rotation equivariant CNNs for digital pathology. MICCAI 2018, "
-    "arXiv:1806.03962", "https://zenodo.org/records/2546921", ("train", "valid", "test"), (262144, 32768, 32768), .972, "h5",
+    tuple(RemoteFile(_PCAM_URL.format(k), f"sha256:{sha}", n, unpacked=f"md5:{md5}")
+          for k, (n, sha, md5) in _PCAM.items()),
+    licence_url="https://creativecommons.org/publicdomain/zero/1.0/",
+    citation="Veeling BS, Linmans J, Winkens J, Cohen T, Welling M. Rotation equivariant CNNs for digital pathology. "
+    "MICCAI 2018, arXiv:1806.03962", homepage="https://zenodo.org/records/2546921",
+    classes=("train", "valid", "test"), counts=(262144, 32768, 32768), pixel=.972, layout="h5",
     note="Counts are of splits; each is half tumour, half normal. 10x, from slides of 0.243 μm per pixel.")
 
 # %% ../nbs/library/03_registry.ipynb #be7cdb94
-def _by_hand(name, title, fields, licence, source, labelled, licence_url, citation, homepage, note, **kw):
+def _by_hand(name, title, fields, licence, source, licence_url, citation, homepage, note, labelled=False, **kw):
     "A set that is fetched by hand."
-    return DatasetInfo(name, title, 3, fields, licence, source, labelled, (), True, licence_url, citation, homepage,
-                       note=note + " Checksum and size were not checked.", **kw)
+    return DatasetInfo(name, title, 3, fields, licence, source, labelled, by_hand=True, licence_url=licence_url,
+                       citation=citation, homepage=homepage, note=note + " Checksum and size were not checked.", **kw)
 
-_FIVE = ("colon_aca", "colon_n", "lung_aca", "lung_n", "lung_scc")
-_BY_HAND = (
-    _by_hand("lc25000-full", "LC25000, 768 px", (220, 360, 600), "free for research", "lc25000", True, None,
-             "Borkowski AA et al. Lung and colon cancer histopathological image dataset (LC25000). arXiv:1912.12142",
-             "https://github.com/tampapath/lung_colon_image_set", "Its authors announce free use and name no licence. Most "
-             "images are turned or mirrored copies of others.", classes=_FIVE, counts=(5000,)*5),
-    _by_hand("pannuke", "PanNuke, nuclei of 19 tissues, 256 px", (96, 150, 220), "CC BY-NC-SA 4.0", "tcga", False, _CC_BY_NC_SA,
-             "Gamper J et al. PanNuke dataset extension, insights and baselines. arXiv:2003.10778",
-             "https://warwick.ac.uk/fac/cross_fac/tia/data/pannuke", "It comes as NumPy arrays, fold by fold: save the patches as "
-             "images. 7,901 patches.", pixel=.25),
-    _by_hand("monuseg-full", "MoNuSeg 2018, 1000 px", (180, 280, 420), "CC BY-NC-SA 4.0", "tcga", False, _CC_BY_NC_SA,
-             "Kumar N et al. A dataset and a technique for generalized nuclear segmentation for computational pathology. IEEE "
-             "Transactions on Medical Imaging 2017, 36(7):1550-1560", "https://monuseg.grand-challenge.org/Data/",
-             "Training and test images come in two archives, with outlines of the nuclei.", pixel=.25),
-    _by_hand("tcga-ut-full", "TCGA-UT, uniform tumour regions, 256 px", (96, 150, 220), "CC BY-NC-SA 4.0", "tcga", True, _CC_BY_NC_SA,
-             "Komura D, Ishikawa S. Histology images from uniform tumor regions in TCGA whole slide images. Zenodo, record 5889558",
-             "https://zenodo.org/records/5889558", "One folder for each cancer type; the name of a slide's folder begins with the "
-             "TCGA code of the patient."),
-)
+_LC25000 = _by_hand(
+    "lc25000-full", "LC25000, 768 px", (220, 360, 600), "free for research", "lc25000", None,
+    "Borkowski AA et al. Lung and colon cancer histopathological image dataset (LC25000). arXiv:1912.12142",
+    "https://github.com/tampapath/lung_colon_image_set", "Its authors announce free use by researchers; the text of a "
+    "licence was not found. Most images are turned or mirrored copies of others.", labelled=True,
+    classes=("colon_aca", "colon_n", "lung_aca", "lung_n", "lung_scc"), counts=(5000,)*5)
+_PANNUKE = _by_hand(
+    "pannuke", "PanNuke, nuclei of 19 tissues, 256 px", (96, 150, 220), "CC BY-NC-SA 4.0", "tcga", _CC_BY_NC_SA,
+    "Gamper J et al. PanNuke dataset extension, insights and baselines. arXiv:2003.10778",
+    "https://warwick.ac.uk/fac/cross_fac/tia/data/pannuke", "7,901 patches. It comes as NumPy arrays, fold by fold: "
+    "save the patches as images.", pixel=.25)
+
+# %% ../nbs/library/03_registry.ipynb #af365371
+_MONUSEG = _by_hand(
+    "monuseg-full", "MoNuSeg 2018, 1000 px", (180, 280, 420), "CC BY-NC-SA 4.0", "tcga", _CC_BY_NC_SA,
+    "Kumar N et al. A dataset and a technique for generalized nuclear segmentation for computational pathology. IEEE "
+    "Transactions on Medical Imaging 2017, 36(7):1550-1560", "https://monuseg.grand-challenge.org/Data/",
+    "Training and test images come in two archives, with outlines of the nuclei.", pixel=.25)
+_TCGA_UT = _by_hand(
+    "tcga-ut-full", "TCGA-UT, uniform tumour regions, 256 px", (96, 150, 220), "CC BY-NC-SA 4.0", "tcga", _CC_BY_NC_SA,
+    "Komura D, Ishikawa S. Histology images from uniform tumor regions in TCGA whole slide images. Zenodo, record "
+    "5889558", "https://zenodo.org/records/5889558", "One folder for each cancer type; the name of a slide's folder "
+    "begins with the TCGA code of the patient.", labelled=True)
 
 # %% ../nbs/library/03_registry.ipynb #3ac255b6
+_BY, _RES = "CC BY 4.0", "free for research"
 _MIRROR = (
-    DatasetInfo("kather2016-grey64", "Kather 2016 textures, greyscale, 64 px", 1, (64,), "CC BY 4.0", "kather2016", True),
-    DatasetInfo("kather2016-colour", "Kather 2016 textures, colour twins", 3, (96, 150), "CC BY 4.0", "kather2016", True),
-    DatasetInfo("nct-crc-he", "NCT-CRC-HE samples, 224 px", 3, (112, 160, 224), "CC BY 4.0", "nct-crc", True),
+    DatasetInfo("kather2016-grey64", "Kather 2016 textures, greyscale, 64 px", 1, (64,), _BY, "kather2016", True),
+    DatasetInfo("kather2016-colour", "Kather 2016 textures, colour twins", 3, (96, 150), _BY, "kather2016", True),
+    DatasetInfo("nct-crc-he", "NCT-CRC-HE samples, 224 px", 3, (112, 160, 224), _BY, "nct-crc", True),
     DatasetInfo("pcam", "PatchCamelyon, 96 px", 3, (64, 80, 96), "CC0", "camelyon16", True),
-    DatasetInfo("crc-polyps", "Colorectal polyps and carcinoma, 96 px", 3, (40, 64, 96), "not stated", "crc-polyps", True),
+    DatasetInfo("crc-polyps", "Colorectal polyps and carcinoma, 96 px", 3, (40, 64, 96), "not stated", "crc-polyps",
+                True),
     DatasetInfo("monuseg", "MoNuSeg 2018, 1000 px, seven organs", 3, (180, 280, 420), "CC BY-NC-SA 4.0", "tcga", False),
     DatasetInfo("tcga-ut", "TCGA-UT samples, 256 px", 3, (96, 150, 220), "non-commercial", "tcga", False),
-    DatasetInfo("lc25000", "LC25000 samples, 384 px", 3, (110, 180, 300), "free for research", "lc25000", True),
-    DatasetInfo("breakhis", "BreakHis samples, 224 px", 3, (90, 140, 220), "CC BY 4.0", "breakhis", True),
+    DatasetInfo("lc25000", "LC25000 samples, 384 px", 3, (110, 180, 300), _RES, "lc25000", True),
+    DatasetInfo("breakhis", "BreakHis samples, 224 px", 3, (90, 140, 220), _BY, "breakhis", True),
 )
-REGISTRY = {d.name: d for d in (*_MIRROR, *_NCT, _KATHER, _CAMELYON, _BREAKHIS, *_BY_HAND)}
+REGISTRY = {d.name: d for d in (*_MIRROR, *_NCT, _KATHER, _CAMELYON, _BREAKHIS, _LC25000, _PANNUKE, _MONUSEG, _TCGA_UT)}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 
 # %% ../nbs/library/03_registry.ipynb #8d6e26d8
@@ -162,7 +184,8 @@ def dataset_info(
 ) -> DatasetInfo:
     "What the registry knows of a set; an unknown name is named."
     if name not in REGISTRY:
-        raise HistoDiffusionError(f"Unknown data set '{name}': use phantom:LABORATORY, folder:PATH or one of {', '.join(REGISTRY)}.")
+        raise HistoDiffusionError(f"Unknown data set '{name}': use phantom:LABORATORY, folder:PATH or one of "
+                                  f"{', '.join(REGISTRY)}.")
     return REGISTRY[name]
 
 def group_of(
@@ -184,11 +207,13 @@ def _here(name, home=None):
 def _how_to_get(info, home=None):
     "The end of a sentence about a set that is not here."
     mirror, place = load_settings().data_mirror, Path(home or load_settings().data_home)/info.name
-    if info.files: return f"run 'histodiffusion data fetch {info.name}', or set HISTODIFFUSION_DATA_MIRROR to a folder that holds it."
+    variable = "set HISTODIFFUSION_DATA_MIRROR to the folder that holds it."
+    if info.files: return f"run 'histodiffusion data fetch {info.name}', or {variable}"
     if info.by_hand:
         what = "class/image" if info.labelled else "its images"
-        return f"it cannot be fetched by a program; get it from {info.homepage} under its licence, and put {what} below {place}."
-    if mirror is None: return "only a mirror folder has it, and none is set: set HISTODIFFUSION_DATA_MIRROR to the folder that holds it."
+        return (f"it cannot be fetched by a program; get it from {info.homepage} under its licence, and put {what} "
+                f"below {place}.")
+    if mirror is None: return f"only a mirror folder has it, and none is set: {variable}"
     return f"the mirror {mirror} has no folder '{info.name}': check HISTODIFFUSION_DATA_MIRROR."
 
 def dataset_folder(
@@ -197,8 +222,8 @@ def dataset_folder(
     "The folder behind a name: your own, the mirror's, or the fetched one, in this order."
     if spec.startswith("folder:"):
         folder = Path(spec[7:]).expanduser().resolve()
-        if not folder.is_dir(): raise HistoDiffusionError(f"There is no folder {folder}: check the path after 'folder:'.")
-        return folder
+        if folder.is_dir(): return folder
+        raise HistoDiffusionError(f"There is no folder {folder}: check the path after 'folder:'.")
     info = dataset_info(spec)
     folder = _here(spec)
     if folder is None: raise HistoDiffusionError(f"The data set '{spec}' is not here: {_how_to_get(info)}")
@@ -224,8 +249,9 @@ def list_datasets(
     home=None, # folder of fetched sets; None: data_home of the settings
 ) -> pd.DataFrame: # one row for each known set
     "All known sets: where they are, how large, under which licence."
-    row = lambda d: dict(name=d.name, state=dataset_state(d.name, home), images=sum(d.counts) or None, classes=len(d.classes) or None,
-                         download=format_bytes(_download_size(d)) if d.files else "", licence=d.licence, title=d.title)
+    row = lambda d: dict(name=d.name, state=dataset_state(d.name, home), images=sum(d.counts) or None,
+                         classes=len(d.classes) or None, download=format_bytes(_download_size(d)) if d.files else "",
+                         licence=d.licence, title=d.title)
     return pd.DataFrame([row(d) for d in REGISTRY.values()]).astype(dict(images="Int64", classes="Int64"))
 
 # %% ../nbs/library/03_registry.ipynb #37e4a36f
@@ -241,13 +267,14 @@ def describe_dataset(
     d = dataset_info(name)
     folder = _here(name, home)
     counts = ", ".join(f"{c} {n}" for c, n in zip(d.classes, d.counts))
+    files = [f"{f.name}, {format_bytes(f.size)}, {f.checksum or 'no checksum published'}" for f in d.files]
     lines = {
-        "title": d.title, "licence": d.licence + (f" ({d.licence_url})" if d.licence_url else ""), "please cite": d.citation,
-        "page": d.homepage, "images": f"{sum(d.counts)}: {counts}" if d.counts else None,
+        "title": d.title, "licence": d.licence + (f" ({d.licence_url})" if d.licence_url else ""),
+        "please cite": d.citation, "page": d.homepage, "images": f"{sum(d.counts)}: {counts}" if d.counts else None,
         "pixel": f"{d.pixel} μm" if d.pixel else None, "note": d.note,
         "download": format_bytes(_download_size(d)) if d.files else None,
-        **{f"file {i}": f"{f.name}, {format_bytes(f.size)}, {f.checksum or 'no checksum published'}" for i, f in enumerate(d.files, 1)},
-        "is": f"in {folder}" if folder else f"not here: {_how_to_get(d, home)}",
+        **{f"file {i}": text for i, text in enumerate(files, 1)},
+        "place": f"{folder}" if folder else f"not here: {_how_to_get(d, home)}",
     }
     return Description(f"**{d.name}**\n\n" + "\n".join(f"- {k}: {v}" for k, v in lines.items() if v) + "\n")
 
@@ -261,12 +288,13 @@ def read_image(
             im.load()
             return im.copy()
     except Exception as e:  # decoders raise a dozen kinds of errors on broken images
-        raise HistoDiffusionError(f"{path} is corrupt ({' '.join(str(e).split()) or type(e).__name__}): repair or remove it, or pass "
-                                  "--skip-corrupt.") from e
+        why = " ".join(str(e).split()) or type(e).__name__
+        raise HistoDiffusionError(f"{path} is corrupt ({why}): repair or remove it, or pass --skip-corrupt.") from e
 
 def _images_below(folder):
     "Image files below a folder, sorted; hidden ones are not for us."
-    return sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    files = Path(folder).rglob("*")
+    return sorted(p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
 
 def count_images(
     folder, # class/image folders, or PatchCamelyon's files
@@ -275,7 +303,8 @@ def count_images(
     "Images of each class of a folder, or of each split of PatchCamelyon."
     folder = Path(folder)
     if layout == "folders":
-        return {p.name: len(_images_below(p)) for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith((".", "__"))}
+        classes = (p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith((".", "__")))
+        return {p.name: len(_images_below(p)) for p in classes}
     found = {}
     for split in ("train", "valid", "test"):
         images, labels = read_patchcamelyon(folder, split)
@@ -288,17 +317,18 @@ def read_patchcamelyon(
     split:str, # 'train', 'valid' or 'test'
 ) -> tuple: # H5Array of (N, 96, 96, 3) uint8 images (close it), and (N,) int64 labels, 1 for tumour
     "The images and labels of a split of PatchCamelyon, checked for type and shape."
-    if split not in ("train", "valid", "test"): raise HistoDiffusionError(f"Unknown split '{split}': use train, valid or test.")
-    name = lambda part: Path(folder)/f"camelyonpatch_level_2_split_{split}_{part}.h5"
-    with read_h5(name("y"), "y", (None, 1, 1, 1), "uint8") as y:
-        if len(y) > 1 << 24: raise HistoDiffusionError(f"{name('y')} claims {len(y)} labels: delete it and fetch it again.")
-        labels = y[:].reshape(-1).astype(np.int64)
-    if len(labels) and labels.max() > 1: raise HistoDiffusionError(f"{name('y')} has labels other than 0 and 1: delete it and fetch it again.")
-    images = read_h5(name("x"), "x", (None, 96, 96, 3), "uint8")
-    if len(images) != len(labels):
-        n = len(images); images.close()
-        raise HistoDiffusionError(f"{name('x')} has {n} images for {len(labels)} labels: delete both files and fetch them again.")
-    return images, labels
+    def wrong(path, why): raise HistoDiffusionError(f"{path} has {why}: delete it and fetch it again.")
+    if split not in ("train", "valid", "test"):
+        raise HistoDiffusionError(f"Unknown split '{split}': use train, valid or test.")
+    x, y = (Path(folder)/f"camelyonpatch_level_2_split_{split}_{part}.h5" for part in "xy")
+    with read_h5(y, "y", (None, 1, 1, 1), "uint8") as data:
+        if len(data) > 1 << 24: wrong(y, f"{len(data)} labels")
+        labels = data[:].reshape(-1).astype(np.int64)
+    if labels.max(initial=0) > 1: wrong(y, "labels other than 0 and 1")
+    images = read_h5(x, "x", (None, 96, 96, 3), "uint8")
+    if len(images) == len(labels): return images, labels
+    images.close()
+    wrong(x, f"{len(images)} images for {len(labels)} labels")
 
 # %% ../nbs/library/03_registry.ipynb #8f7fb77d
 def check_counts(
@@ -308,12 +338,12 @@ def check_counts(
     "Count a set's images; stop, with one sentence, where classes or numbers are not the registry's."
     found = count_images(folder, info.layout)
     if info.classes and tuple(sorted(found)) != tuple(sorted(info.classes)):
-        raise HistoDiffusionError(f"{folder} has the classes {', '.join(found) or 'none'} instead of {', '.join(info.classes)}: "
-                                  "check that it is the whole, original set.")
+        raise HistoDiffusionError(f"{folder} has the classes {', '.join(found) or 'none'} instead of "
+                                  f"{', '.join(info.classes)}: check that it is the whole, original set.")
     wrong = [f"{c} {found[c]} instead of {n}" for c, n in zip(info.classes, info.counts) if found[c] != n]
-    if wrong: raise HistoDiffusionError(f"{folder} has not the known number of images ({', '.join(wrong)}): check that it is the "
-                                        "whole, original set.")
-    return found
+    if not wrong: return found
+    raise HistoDiffusionError(f"{folder} has not the known number of images ({', '.join(wrong)}): check that it is the "
+                              "whole, original set.")
 
 # %% ../nbs/library/03_registry.ipynb #8f58543a
 def _show_licence(info, home, accept):
@@ -321,7 +351,8 @@ def _show_licence(info, home, accept):
     print(describe_dataset(info.name, home), flush=True)
     if accept is None and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
         accept = input(f"Fetch it under its licence ({info.licence})? [y/N] ").strip().lower() in ("y", "yes")
-    if accept is False: raise HistoDiffusionError(f"'{info.name}' was not fetched: its licence ({info.licence}) was not accepted.")
+    if accept is False:
+        raise HistoDiffusionError(f"'{info.name}' was not fetched: its licence ({info.licence}) was not accepted.")
 
 @contextlib.contextmanager
 def _alone(folder):
@@ -346,8 +377,8 @@ def _unpack_file(file, archive, stage, layout):
     if not target.is_dir(): unpack_archive(archive, target)
     if layout == "h5":
         for p in target.iterdir(): check_file(p, file.unpacked)
-    if not (target/file.root).is_dir(): raise HistoDiffusionError(f"{archive} has no folder '{file.root}': it is not the original archive.")
-    return target/file.root
+    if (target/file.root).is_dir(): return target/file.root
+    raise HistoDiffusionError(f"{archive} has no folder '{file.root}': it is not the original archive.")
 
 # %% ../nbs/library/03_registry.ipynb #575550a4
 def _assemble(info, archives, stage):
@@ -361,12 +392,15 @@ def _assemble(info, archives, stage):
             for p in root.iterdir(): os.replace(p, stage/"all"/p.name)
         roots = [stage/"all"]
     counts = check_counts(roots[0], info)
-    sums = {f.name: f.checksum or f"sha256:{read_ledger(a.parent)[f.name]['sha256']}" for f, a in zip(info.files, archives)}
-    write_json(roots[0]/"dataset.json", dict(name=info.name, licence=info.licence, citation=info.citation, counts=counts,
-                                            url=[f.url for f in info.files], checksums=sums, date=str(date.today())))
+    recorded = read_ledger(archives[0].parent)
+    sums = {f.name: f.checksum or f"sha256:{recorded[f.name]['sha256']}" for f in info.files}
+    write_json(roots[0]/"dataset.json", dict(name=info.name, url=[f.url for f in info.files], checksums=sums,
+                                            counts=counts, licence=info.licence, citation=info.citation,
+                                            date=str(date.today())))
     os.replace(roots[0], ready)
     return ready
 
+# %% ../nbs/library/03_registry.ipynb #7c3d4055
 def _fetch(info, home):
     "Download, verify, unpack, check, and put in place."
     stage, folder = home/f".{info.name}.fetch", home/"downloads"/info.name
@@ -384,11 +418,11 @@ def _fetch(info, home):
         os.replace(ready, home/info.name)
         shutil.rmtree(stage, ignore_errors=True)
 
-# %% ../nbs/library/03_registry.ipynb #7c3d4055
+# %% ../nbs/library/03_registry.ipynb #f84ea085
 def fetch_dataset(
     name:str, # a name of the registry
     home=None, # folder of fetched sets; None: data_home of the settings
-    accept_licence:bool|None=None, # True: no question; False: only show the licence; None: ask at a terminal, else go on
+    accept_licence:bool|None=None, # True: no question; False: only show it; None: ask at a terminal, else go on
 ) -> Path: # the folder that holds the set
     "Fetch a known set, unless it is here: download, verify, unpack, check the counts."
     info, home = dataset_info(name), Path(home or load_settings().data_home)
@@ -401,8 +435,8 @@ def fetch_dataset(
     _show_licence(info, home, accept_licence)
     try: _fetch(info, home)
     except OSError as e:
-        raise HistoDiffusionError(f"{home} cannot be written ({e.strerror or e}): make room or choose another data_home, and run the "
-                                  "same again.") from e
+        raise HistoDiffusionError(f"{home} cannot be written ({e.strerror or e}): make room or choose another "
+                                  "data_home, and run the same again.") from e
     print(f"{name} is in {home/name}")
     return home/name
 
@@ -423,6 +457,13 @@ def _unreadable(folder, info):
         except HistoDiffusionError as e: bad.append(str(e))
     return bad
 
+def _all_readable(folder, info):
+    "'all', or the sentence on the first image that cannot be read."
+    bad = _unreadable(folder, info)
+    if bad: raise HistoDiffusionError(f"{len(bad)} cannot be read, the first: {bad[0]}")
+    return "all"
+
+# %% ../nbs/library/03_registry.ipynb #bf7d99d3
 def _check_row(what, expected, check):
     "One row of the report: what a check finds."
     try: found, ok = check(), True
@@ -437,6 +478,7 @@ def _check_download(file, downloads):
     check_file(downloads/file.name, file.checksum or f"sha256:{recorded[file.name]['sha256']}", file.size)
     return "right"
 
+# %% ../nbs/library/03_registry.ipynb #41cddb76
 def verify_dataset(
     name:str, # a name of the registry
     home=None, # folder of fetched sets; None: data_home of the settings
@@ -446,20 +488,15 @@ def verify_dataset(
     info, home, folder = dataset_info(name), Path(home or load_settings().data_home), _here(name, home)
     if folder is None: raise HistoDiffusionError(f"The data set '{name}' is not here: {_how_to_get(info, home)}")
     rows, downloads = [], home/"downloads"/name
+    def check(what, expected, call): rows.append(_check_row(what, expected, call))
     for f in info.files if folder.parent == home else ():
         if (downloads/f.name).exists():
-            rows.append(_check_row(f"download {f.name}", f.checksum or "as recorded", lambda f=f: _check_download(f, downloads)))
-        if f.unpacked:
-            inner = folder/Path(f.name).stem
-            rows.append(_check_row(f"file {inner.name}", f.unpacked, lambda f=f, p=inner: check_file(p, f.unpacked) and "right"))
+            check(f"download {f.name}", f.checksum or "as recorded", lambda f=f: _check_download(f, downloads))
+        inner = folder/Path(f.name).stem
+        if not f.unpacked: continue
+        check(f"file {inner.name}", f.unpacked, lambda f=f, p=inner: check_file(p, f.unpacked) and "right")
     expected = dict(zip(info.classes, info.counts))
     found = lambda: check_counts(folder, info) if expected or info.layout == "h5" else count_images(folder)
-    rows.append(_check_row("images of each class", expected or "any", found))
-    if images: rows.append(_check_row("images that can be read", "all", lambda: _all_readable(folder, info)))
+    check("images of each class", expected or "any", found)
+    if images: check("images that can be read", "all", lambda: _all_readable(folder, info))
     return pd.DataFrame(rows)
-
-def _all_readable(folder, info):
-    "'all', or the sentence on the first image that cannot be read."
-    bad = _unreadable(folder, info)
-    if bad: raise HistoDiffusionError(f"{len(bad)} cannot be read, the first: {bad[0]}")
-    return "all"
