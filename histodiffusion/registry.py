@@ -367,7 +367,9 @@ def _alone(folder):
             except BlockingIOError as e:
                 raise HistoDiffusionError(f"Another process is fetching into {folder}: wait until it has ended.") from e
             except OSError: pass  # a file system without locks
-        yield
+        try: yield
+        finally:
+            with contextlib.suppress(OSError): folder.rmdir(); folder.parent.rmdir()  # if nothing came
     finally:
         if handle is not None: os.close(handle)
 

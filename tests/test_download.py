@@ -362,7 +362,8 @@ def le(n: int) -> bytes:
 FILES = [(f"SET/{c}/{c}-{i}.bin", BODY[1000 * i : 1000 * i + 900]) for c in ("ADI", "TUM") for i in range(4)]
 GOOD = {
     "a.zip": zip_of(FILES), "stored.zip": zip_of(FILES, zipfile.ZIP_STORED), "a.tar": tar_of(FILES),
-    "a.tar.gz": tar_of(FILES, "w:gz"), "a.tar.bz2": tar_of(FILES, "w:bz2"), "a.tgz": tar_of(FILES, "w:gz"), "a.tar.xz": tar_of(FILES, "w:xz"),
+    "a.tar.gz": tar_of(FILES, "w:gz"), "a.tar.bz2": tar_of(FILES, "w:bz2"), "a.tgz": tar_of(FILES, "w:gz"),
+    "a.tar.xz": tar_of(FILES, "w:xz"),
 }  # fmt: skip
 TAR = GOOD["a.tar"]
 BAD = {  # what: file name, content, part of the sentence
@@ -724,7 +725,14 @@ def test_two_processes_do_not_fetch_into_one_folder(site, monkeypatch, home):
     offer(site, monkeypatch, "crc-val-he-7k", nct_members("CRC-VAL-HE-7K"))
     with registry._alone(home / "downloads" / "crc-val-he-7k"):
         assert "Another process" in said(lambda: fetch_dataset("crc-val-he-7k"))
-    assert not site.log
+        assert names(home / "downloads") == ["crc-val-he-7k"]
+    assert not site.log and names(home) == []
+
+
+def test_a_fetch_that_fails_at_once_leaves_no_folder(site, monkeypatch, home):
+    offer(site, monkeypatch, "crc-val-he-7k", nct_members("CRC-VAL-HE-7K"))
+    site.files.clear()
+    assert "HTTP 404" in said(lambda: fetch_dataset("crc-val-he-7k")) and names(home) == []
 
 
 @pytest.mark.parametrize("name", REGISTRY)
