@@ -20,9 +20,9 @@ from fastcore.basics import patch
 from PIL import Image
 
 from .core import HistoDiffusionError, atomic_path, hash_object, load_settings, progress
-from .datasets import (REGISTRY, _find_folder, dataset_fingerprint, list_images, load_patches, read_image,
-                                     split_patches, square_patch)
+from .datasets import dataset_fingerprint, list_images, load_patches, split_patches, square_patch
 from .packed import content_key
+from .registry import REGISTRY, dataset_folder, read_image
 
 # %% ../nbs/library/09_audit.ipynb #a630f1da
 _STAINS = np.array([[.65, .70, .29], [.07, .99, .11], [.27, .57, .78]])  # haematoxylin, eosin, DAB; rows in RGB
@@ -97,7 +97,7 @@ def _read_rows(spec, size):
     if spec.startswith("phantom:"):
         p = load_patches(spec, size)
         return [_row(Image.fromarray(im), f"patch {i}", p.classes[p.labels[i]], im.size) for i, im in enumerate(p.images)], []
-    folder = _find_folder(spec)
+    folder = dataset_folder(spec)
     for path in progress(list_images(spec), desc=f"auditing {spec}", unit="image"):
         file = path.relative_to(folder)
         try:
@@ -363,7 +363,7 @@ def read_pictures(
     if spec.startswith("phantom:"): images = load_patches(spec, size, 3).images[np.asarray(indices, int)]
     else:
         files = scan_set(spec).table.file.to_numpy()[np.asarray(indices, int)]
-        images = [np.asarray(read_image(_find_folder(spec)/f).convert("RGB")) for f in files]
+        images = [np.asarray(read_image(dataset_folder(spec)/f).convert("RGB")) for f in files]
     square = [square_patch(im, side, 3) for im in images]
     return np.stack(square) if square else np.zeros((0, side, side, 3), np.uint8)
 

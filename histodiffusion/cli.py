@@ -10,8 +10,7 @@ from histodiffusion.core import HistoDiffusionError, load_settings, read_json
 
 COMMANDS = {
     "reproduce": "make Table 1 and Figure 2, and every stage they need, by executing the notebooks",
-    "data": "show the labelled set, its splits and the pre-training sets ('data list': the known names; 'data audit': "
-    "what sets hold, repeat and share)",
+    "data": "show the labelled set, its splits and the pre-training sets; list, fetch, verify, describe or audit sets",
     "pretrain": "train autoencoder and diffusion prior on unlabelled patches",
     "adapt": "fine-tune the prior and train the latent classifier on the few labelled patches",
     "synthesize": "sample patches class by class with classifier guidance",
@@ -19,6 +18,7 @@ COMMANDS = {
     "augment": "train the backbone on real + synthetic patches and measure it on test patches",
     "evaluate": "put all seeds together: Table 1 and Figure 2",
 }
+NAMED = ("fetch", "verify", "describe")  # actions of `data` on one set of the registry
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,10 +71,13 @@ def build_parser() -> Parser:
         p = commands.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.", epilog=explain(name),
                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
         if name == "data":
-            p.add_argument("action", nargs="?", choices=["show", "list", "audit"], default="show",
-                           help="list: the known names; audit SET ...: what sets hold, repeat and share")  # fmt: skip
-            p.add_argument("sets", nargs="*", metavar="SET", help="sets to audit, or 'mirror' (default: the labelled set "
-                           "and the pre-training sets)")  # fmt: skip
+            p.add_argument("action", nargs="?", choices=["show", "list", *NAMED, "audit"], default="show", help="list: the "
+                           "known names; fetch: download and check; verify: check again; describe: licence, citation, "
+                           "source; audit: what sets hold, repeat and share")  # fmt: skip
+            p.add_argument("sets", nargs="*", metavar="NAME", help="the set to fetch, verify or describe (see 'data "
+                           "list'); the sets to audit, or 'mirror' (default: the labelled set and the pre-training sets)")  # fmt: skip
+            p.add_argument("--accept-licence", "--yes", action="store_true", help="fetch without the question that is "
+                           "asked at a terminal")  # fmt: skip
         p.add_argument("--profile", help=f"preset of scale (default: the one in settings.ini); {presets}")
         p.add_argument("--dataset", default="phantom:target", help="labelled set: phantom:LABORATORY[:N[:SEED]], "
                        "folder:PATH with class/image below, or a name (see 'data list'; default: phantom:target)")  # fmt: skip
@@ -138,17 +141,39 @@ def run_stages(run, command: str, force: bool) -> None:
 
 def list_data() -> None:
     "Print the names of all data sets."
-    from histodiffusion.datasets import REGISTRY
     from histodiffusion.phantom import LABORATORIES
+    from histodiffusion.registry import REGISTRY, dataset_state
 
-    mirror = load_settings().data_mirror
+    settings = load_settings()
     for name in LABORATORIES:
         print(f"phantom:{name:<18} here     procedural tissue, nine classes, made when needed")
     for d in REGISTRY.values():
-        here = "here" if mirror and (mirror / d.name).is_dir() else "missing"
-        print(f"{d.name:<26} {here:<8} {d.title}; {'labelled' if d.labelled else 'unlabelled'}; licence: {d.licence}")
+        print(f"{d.name:<26} {dataset_state(d.name):<8} {d.title}; {'labelled' if d.labelled else 'unlabelled'}; "
+              f"licence: {d.licence}")  # fmt: skip
     print(f"{'folder:PATH':<26} yours    class/image below PATH when labelled, any depth otherwise")
-    print(f"mirror: {mirror or 'none; set HISTODIFFUSION_DATA_MIRROR to the folder that holds the missing ones'}")
+    print(f"to fetch: 'histodiffusion data fetch NAME' puts it into {settings.data_home}; by hand: 'data describe NAME' "
+          "says where from")  # fmt: skip
+    print(f"mirror: {settings.data_mirror or 'none; set HISTODIFFUSION_DATA_MIRROR to the folder that holds the missing ones'}")
+
+
+def named_data(args) -> None:
+    "Fetch, verify or describe one set of the registry."
+    from histodiffusion.registry import describe_dataset, fetch_dataset, verify_dataset
+
+    if len(args.sets) != 1:
+        raise HistoDiffusionError(f"'data {args.action}' needs the NAME of one set: see 'histodiffusion data list'.")
+    name = args.sets[0]
+    if args.action == "describe" or args.action == "fetch" and args.dry_run:
+        print(describe_dataset(name))
+    elif args.action == "fetch":
+        fetch_dataset(name, accept_licence=True if args.accept_licence else None)
+    else:
+        report = verify_dataset(name)
+        for row in report.itertuples():
+            print(f"{'ok ' if row.ok else 'BAD'} {row.what}: {row.found}")
+        if not report.ok.all():
+            raise HistoDiffusionError(f"{(~report.ok).sum()} of {len(report)} checks of '{name}' failed: see above; "
+                                      "remove what is wrong and fetch it again.")  # fmt: skip
 
 
 def audit_data(args) -> None:
@@ -208,6 +233,9 @@ def run_command(args) -> int:
     "Do what the options ask for."
     from histodiffusion.reproduce import describe_plan, reproduce
 
+    if args.command == "data" and args.action in NAMED:
+        named_data(args)
+        return 0
     if args.command == "data" and args.action != "audit" and args.sets:
         raise HistoDiffusionError(f"'data {args.action}' takes no '{args.sets[0]}': give the labelled set by --dataset, "
                                   "or use 'data audit SET ...'.")  # fmt: skip
