@@ -237,7 +237,7 @@ def run_command(args) -> int:
         named_data(args)
         return 0
     if args.command == "data" and args.action != "audit" and args.sets:
-        raise HistoDiffusionError(f"'data {args.action}' takes no '{args.sets[0]}': give the labelled set by --dataset, "
+        raise HistoDiffusionError(f"'data {args.action}' takes no NAME ({args.sets[0]}): give the labelled set by --dataset, "
                                   "or use 'data audit SET ...'.")  # fmt: skip
     if args.command == "data" and args.action == "list":
         list_data()
