@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SIDE', 'FORMAT', 'COARSE', 'FINE', 'THRESHOLDS', 'PAIR_COLUMNS', 'LEAK_COLUMNS', 'colour_statistics',
            'thumbnail', 'is_flat', 'Scan', 'scan_set', 'cosine_parts', 'turn', 'find_overlap', 'Audit', 'audit_set',
-           'audit_pair', 'audit_sets', 'known_sets', 'may_show', 'read_pictures', 'pair_pictures', 'leakage',
-           'refuse_leakage', 'write_leaks']
+           'audit_pair', 'audit_sets', 'known_sets', 'may_show', 'read_pictures', 'pair_pictures', 'split_groups',
+           'leakage', 'refuse_leakage', 'write_leaks']
 
 # %% ../nbs/library/09_audit.ipynb #0dbb2660
 import os, warnings, zipfile
@@ -18,9 +18,12 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from .core import HistoDiffusionError, atomic_path, hash_object, load_settings, progress
-from .datasets import dataset_fingerprint, list_images, load_patches, split_patches, square_patch
+from .datasets import (dataset_fingerprint, list_images, load_patches, packed_dataset, split_patches,
+                                     square_patch)
 from .packed import content_key
 from .registry import REGISTRY, dataset_folder, read_image
 
@@ -260,7 +263,7 @@ class Audit:
 
 # %% ../nbs/library/09_audit.ipynb #0b4aa834
 def _splits(scan):
-    "The split of each image; '' where the set has no classes."
+    "The split of each image by its content alone; '' where the set has no classes."
     classes = set(scan.table.label) - {""}
     names = np.full(len(scan), "", dtype=object)
     if len(classes) > 1:
@@ -378,6 +381,28 @@ def pair_pictures(
     right = [np.moveaxis(turn(np.moveaxis(im, -1, 0), k), 0, -1) for im, k in zip(right, pairs.position)]
     return np.concatenate([left, np.stack(right)], 2) if len(left) else np.zeros((0, side, 2*side, 3), np.uint8)
 
+# %% ../nbs/library/09_audit.ipynb #f807a98a
+def split_groups(
+    spec:str, # name of a labelled set
+    keys:list, # (N,) content keys of its patches
+    groups:list|None=None, # (N,) patient or slide of each patch, '' unknown; None: nothing is known
+    size:int=64, # side of a phantom's patches, px
+) -> list|None: # (N,) what no split may tear apart, '' for a patch that stands alone
+    "Patients or slides, joined with the copies that a set holds of itself."
+    pairs = find_overlap(spec, size=size)
+    key = scan_set(spec, size).table.key.to_numpy()
+    copies = pairs[pairs.kind == "near"]  # equal patches have one key
+    edges = [((1, key[i]), (1, key[j])) for i, j in zip(copies.i, copies.j)]
+    edges += [((1, k), (0, g)) for k, g in zip(keys, groups or []) if g]
+    if not edges: return groups
+    nodes = sorted({node for edge in edges for node in edge})
+    at = {node: n for n, node in enumerate(nodes)}
+    rows, columns = zip(*((at[a], at[b]) for a, b in edges))
+    part = connected_components(coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(nodes),)*2))[1]
+    name = {}
+    for n, (_, text) in enumerate(nodes): name.setdefault(part[n], text)  # a group's name before a key
+    return [name[part[at[1, k]]] if (1, k) in at else "" for k in keys]
+
 # %% ../nbs/library/09_audit.ipynb #2ff5ed8e
 LEAK_COLUMNS = ["target", "pretrain", "pretrain_file", "target_file", "index", "label", "split", "distance", "kind"]
 
@@ -390,8 +415,10 @@ def leakage(
     scan, rows = scan_set(target, size), []
     labelled = scan.table.label != ""
     index, split = np.cumsum(labelled) - 1, np.full(len(scan), "", dtype=object)
-    keys = scan.table.key[labelled].tolist()
-    for name, i in split_patches(keys).items(): split[np.flatnonzero(labelled)[i]] = name
+    keys, files = scan.table.key[labelled].tolist(), scan.table.file[labelled]
+    known = {} if target.startswith("phantom:") else (lambda p: dict(zip(p.names, p.groups)))(packed_dataset(target, True))
+    groups = split_groups(target, keys, [known.get(f, "") for f in files], size)
+    for name, i in split_patches(keys, groups).items(): split[np.flatnonzero(labelled)[i]] = name
     for s in pretrain_sets:
         p = find_overlap(s, target, size=size)
         p = p[(p.kind != "flat") & labelled.to_numpy()[p.j]]

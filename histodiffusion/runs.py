@@ -207,7 +207,7 @@ def figures(self:Run):
     return load_settings().figures_path/self.profile/self.name
 
 # %% ../nbs/library/20_runs.ipynb #d4b9d0fd
-FORMAT = 1
+FORMAT = 2
 
 def stage_inputs(
     run:Run,

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from .audit import split_groups
 from .autoencoder import decode_latents, encode_patches, psnr, train_autoencoder
 from .backbone import BackboneConfig, backbone_features, build_backbone, predict, train_backbone
 from .core import derive_seed, load_tensors, read_json, save_tensors, write_json
@@ -52,9 +53,10 @@ def target_data(
     "Load the labelled set once, with its splits."
     patches = load_patches(run.dataset, run.config.image_size, run.channels, run.skip_corrupt)
     np.save(folder/"patches.npy", patches.images)
-    splits = {k: v.tolist() for k, v in split_patches(patches.keys, patches.groups).items()}
+    groups = split_groups(run.dataset, patches.keys, patches.groups, run.config.image_size)
+    splits = {k: v.tolist() for k, v in split_patches(patches.keys, groups).items()}
     write_json(folder/"manifest.json", dict(name=patches.name, classes=patches.classes, counts=patches.counts(),
-                                            labels=patches.labels.tolist(), keys=patches.keys, groups=patches.groups,
+                                            labels=patches.labels.tolist(), keys=patches.keys, groups=groups,
                                             splits=splits))
 
 # %% ../nbs/library/21_stages.ipynb #64f251cb
