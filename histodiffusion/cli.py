@@ -17,6 +17,7 @@ COMMANDS = {
     "select": "keep the synthetic patches that match their class",
     "augment": "train the backbone on real + synthetic patches and measure it on test patches",
     "evaluate": "put all seeds together: Table 1 and Figure 2",
+    "export": "write the synthetic patches of a run as a folder to share, with table, card and Croissant metadata",
 }
 NAMED = ("fetch", "verify", "describe")  # actions of `data` on one set of the registry
 
@@ -47,6 +48,8 @@ def explain(command: str) -> str:
     "What the stages of a command do, read and write."
     from histodiffusion.runs import STAGES
 
+    if command == "export":
+        return "the stages before it are not made: run 'histodiffusion select' with the same options first"
     lines = []
     for name in stage_names(command):
         stage = STAGES[name]
@@ -95,9 +98,53 @@ def build_parser() -> Parser:
         p.add_argument("--allow-leakage", action="store_true", help="go on though pre-training sets repeat test patches of "
                        "the target")  # fmt: skip
         p.add_argument("--force", action="store_true", help="make this command's stages anew, and all that follows")
+        if name == "export":
+            p.add_argument("--out", required=True, metavar="FOLDER", help="a new folder")
+            p.add_argument("--all", action="store_true", help="not only the patches that the selection kept")
         if name == "reproduce":
             p.add_argument("--cores", type=int, metavar="N", help="processor cores to use (default: all)")
+    add_tile(commands)
     return parser
+
+
+def add_tile(commands) -> None:
+    "The options of `tile`, which belongs to no run."
+    text = "cut whole slides or large images into patches at one resolution, where there is tissue"
+    p = commands.add_parser("tile", help=text, description=f"{text[:1].upper()}{text[1:]}.")
+    p.add_argument("source", help="a slide or large image, or a folder of them")
+    p.add_argument("--out", required=True, metavar="FOLDER", help="where patches and manifest.csv go; a second call goes on")
+    p.add_argument("--mpp", type=float, default=0.5, help="resolution of the patches, μm/px (default: 0.5)")
+    p.add_argument("--size", type=int, default=224, help="side of the patches, px (default: 224)")
+    p.add_argument("--tissue", type=float, default=0.5, help="least share of tissue in a patch, 0..1 (default: 0.5)")
+    p.add_argument("--overlap", type=int, default=0, help="px that neighbours share (default: 0)")
+    p.add_argument("--mpp-of-file", type=float, metavar="MPP", help="μm/px of the files, where they do not say")
+    p.add_argument("--max-patches", type=int, metavar="N", help="patches per slide at most, drawn at random")
+    p.add_argument("--seed", type=int, default=0, help="of that draw (default: 0)")
+    p.add_argument("--skip-corrupt", action="store_true", help="name slides that cannot be read and go on")
+
+
+def tile(args) -> None:
+    "Cut slides into patches."
+    from histodiffusion.slides import tile_slides
+
+    options = {k: getattr(args, k) for k in ("mpp", "size", "tissue", "overlap", "mpp_of_file", "max_patches", "seed")}
+    manifest = tile_slides(args.source, args.out, skip_corrupt=args.skip_corrupt, **options)
+    print(f"{len(manifest)} patches of {manifest.slide.nunique()} slide(s) in {args.out}")
+    print(f"to learn from them: --pretrain-sets folder:{args.out}")
+
+
+def export(args) -> None:
+    "Write the synthetic patches of every seed of a run."
+    from histodiffusion.sharing import export_synthetic, synthetic_metadata
+
+    run = make_run(args)
+    for seed in run.knobs.seeds:
+        folder = args.out if len(run.knobs.seeds) == 1 else os.path.join(args.out, f"seed-{seed}")
+        if args.dry_run:
+            rows = synthetic_metadata(run.with_seed(seed))
+            print(f"{len(rows) if args.all else rows.selected.sum()} patches to {folder}")
+            continue
+        print(export_synthetic(run.with_seed(seed), folder, selected=not args.all))
 
 
 def make_run(args):
@@ -244,6 +291,9 @@ def run_command(args) -> int:
         return 0
     if args.command == "data" and args.action == "audit":
         audit_data(args)
+        return 0
+    if args.command in ("tile", "export"):
+        {"tile": tile, "export": export}[args.command](args)
         return 0
     run = make_run(args)
     if args.command == "reproduce":

@@ -1,0 +1,108 @@
+"Packed sets: every layout read through one memory map, and what a split keeps together."
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from histodiffusion.audit import split_groups
+from histodiffusion.cli import main
+from histodiffusion.core import HistoDiffusionError
+from histodiffusion.datasets import dataset_fingerprint, load_patches, packed_dataset, split_patches
+from histodiffusion.phantom import phantom_patches
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HISTODIFFUSION_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setenv("HISTODIFFUSION_RESULTS_PATH", str(tmp_path / "results"))
+    monkeypatch.delenv("HISTODIFFUSION_DATA_MIRROR", raising=False)
+    return tmp_path
+
+
+def write_set(folder, n=12):
+    "Two classes of phantom patches."
+    for c, k in (("ADI", 0), ("TUM", 8)):
+        (folder / c).mkdir(parents=True)
+        for i, image in enumerate(phantom_patches([k] * n, seed=k)):
+            Image.fromarray(image).save(folder / c / f"{i}.png")
+    return f"folder:{folder}"
+
+
+def test_patchcamelyon_is_packed_from_its_hdf5_files(home):
+    folder = home / "data" / "patchcamelyon"
+    folder.mkdir(parents=True)
+    rng, images, labels = np.random.default_rng(0), [], []
+    for split, n in (("train", 6), ("valid", 3), ("test", 2)):
+        x = rng.integers(0, 256, (n, 96, 96, 3), dtype=np.uint8)
+        y = rng.integers(0, 2, (n, 1, 1, 1), dtype=np.uint8)
+        for part, data in (("x", x), ("y", y)):
+            with h5py.File(folder / f"camelyonpatch_level_2_split_{split}_{part}.h5", "w") as f:
+                f.create_dataset(part, data=data, compression="gzip")
+        images.append(x)
+        labels.append(y.ravel())
+    packed = packed_dataset("patchcamelyon")
+    assert np.array_equal(packed.stacked, np.concatenate(images))
+    assert packed.labels.tolist() == np.concatenate(labels).tolist()
+    assert packed.names[:1] + packed.names[-1:] == ["train/0", "test/1"]
+    assert load_patches("patchcamelyon", 64, 1).images.shape == (11, 64, 64, 1)
+
+
+def test_a_set_is_packed_once_and_anew_when_a_file_changes(home):
+    spec = write_set(home / "set")
+    before = dataset_fingerprint(spec)
+    first = packed_dataset(spec)
+    assert len(list((home / "data" / "packed").glob("folder-*"))) == 1
+    packed_dataset(spec)
+    image = np.asarray(Image.open(home / "set" / "ADI" / "0.png")).copy()
+    image[0, 0] ^= 1
+    Image.fromarray(image).save(home / "set" / "ADI" / "0.png")
+    assert dataset_fingerprint(spec) != before
+    second = packed_dataset(spec)
+    assert np.array_equal(second[0], image) and not np.array_equal(first[0], image)
+
+
+def test_an_interrupted_packing_leaves_nothing(home):
+    spec = write_set(home / "set")
+    (home / "set" / "ADI" / "5.png").write_bytes(b"\x89PNG broken")
+    with pytest.raises(HistoDiffusionError, match="5.png is corrupt"):
+        packed_dataset(spec)
+    assert not list((home / "data" / "packed").glob("*folder*"))
+    assert len(packed_dataset(spec, skip_corrupt=True)) == 23
+
+
+def test_copies_never_cross_a_split(home):
+    spec = write_set(home / "set", 30)
+    for i in range(30):
+        image = np.asarray(Image.open(home / "set" / "TUM" / f"{i}.png"))
+        Image.fromarray(image[:, ::-1]).save(home / "set" / "TUM" / f"mirrored-{i}.png")
+    patches = load_patches(spec)
+    names = packed_dataset(spec).names
+    at = {name: i for i, name in enumerate(names)}
+    pairs = [(at[f"TUM/{i}.png"], at[f"TUM/mirrored-{i}.png"]) for i in range(30)]
+
+    def crossing(groups):
+        split = np.empty(len(patches), object)
+        for name, i in split_patches(patches.keys, groups).items():
+            split[i] = name
+        return sum(split[i] != split[j] for i, j in pairs)
+
+    assert crossing(None) > 0
+    assert crossing(split_groups(spec, patches.keys)) == 0
+
+
+def test_command_line_tiles_a_large_image(home, capsys):
+    (home / "images").mkdir()
+    tissue = np.concatenate([np.concatenate(list(phantom_patches([8] * 4, seed=s)), 1) for s in range(4)])
+    Image.fromarray(tissue).save(home / "images" / "a.png")
+    words = ["tile", str(home / "images"), "--out", str(home / "tiles"), "--mpp", "1", "--size", "32"]
+    assert main(words) == 2
+    assert "mpp" in capsys.readouterr().err
+    assert main([*words, "--mpp-of-file", "0.5"]) == 0
+    assert "16 patches of 1 slide(s)" in capsys.readouterr().out
+
+
+def test_command_line_exports_nothing_before_there_is_something(home, capsys):
+    assert main(["export", "--out", str(home / "shared")]) == 2
+    assert "histodiffusion select" in capsys.readouterr().err
+    assert not (home / "shared").exists()
