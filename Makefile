@@ -11,7 +11,7 @@ SUMS := find nbs histodiffusion README.md figures/readme -type f ! -name '*.pyc'
 	-exec cksum {} + 2>/dev/null | sort -k 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test lab export readme check clean
+.PHONY: help setup reproduce test bench lab export readme check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +38,10 @@ test: setup  ## run the library notebooks, then the tests; PYTEST_ARGS= is passe
 	echo "nbdev-test: $$(test $$status = 0 && echo passed || echo FAILED, see above), $$(($$(date +%s) - start)) s"; \
 	$(TEST) pytest -n 2 tests $(PYTEST_ARGS) || status=1; \
 	exit $$status
+
+bench: setup  ## compare with the alternatives, each in one run; writes results/bench/*.json
+	@mkdir -p results/logs; for nb in nbs/experiments/bench_*.ipynb; do \
+		$(RUN) papermill --no-progress-bar --log-output $$nb results/logs/$$(basename $$nb) || exit 1; done
 
 lab: setup  ## open the notebooks in JupyterLab
 	$(RUN) jupyter lab nbs
