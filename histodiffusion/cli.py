@@ -17,7 +17,6 @@ COMMANDS = {
     "select": "keep the synthetic patches that match their class",
     "augment": "train the backbone on real + synthetic patches and measure it on test patches",
     "evaluate": "put all seeds together: Table 1 and Figure 2",
-    "export": "write the synthetic patches of a run as a folder to share, with table, card and Croissant metadata",
 }
 NAMED = ("fetch", "verify", "describe")  # actions of `data` on one set of the registry
 
@@ -48,8 +47,6 @@ def explain(command: str) -> str:
     "What the stages of a command do, read and write."
     from histodiffusion.runs import STAGES
 
-    if command == "export":
-        return "the stages before it are not made: run 'histodiffusion select' with the same options first"
     lines = []
     for name in stage_names(command):
         stage = STAGES[name]
@@ -64,12 +61,9 @@ def explain(command: str) -> str:
 
 def build_parser() -> Parser:
     "The command line."
-    from histodiffusion.profiles import PROFILES
-
     parser = Parser(prog="histodiffusion", description="Latent diffusion for few-label histology classification.")
     parser.add_argument("--version", action="version", version=f"histodiffusion {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    presets = "; ".join(f"{name}: {p.description}" for name, p in PROFILES.items())
     for name, text in COMMANDS.items():
         p = commands.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.", epilog=explain(name),
                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -81,30 +75,46 @@ def build_parser() -> Parser:
                            "list'); the sets to audit, or 'mirror' (default: the labelled set and the pre-training sets)")  # fmt: skip
             p.add_argument("--accept-licence", "--yes", action="store_true", help="fetch without the question that is "
                            "asked at a terminal")  # fmt: skip
-        p.add_argument("--profile", help=f"preset of scale (default: the one in settings.ini); {presets}")
-        p.add_argument("--dataset", default="phantom:target", help="labelled set: phantom:LABORATORY[:N[:SEED]], "
-                       "folder:PATH with class/image below, or a name (see 'data list'; default: phantom:target)")  # fmt: skip
-        p.add_argument("--pretrain-sets", nargs="+", metavar="SET", help="unlabelled sets to learn from (default: "
-                       "those that suit the target)")  # fmt: skip
-        p.add_argument("--label-fraction", type=float, metavar="F", help="share of the training labels that is known, "
-                       "0 < F <= 1 (default: the profile's)")  # fmt: skip
-        p.add_argument("--seed", "--seeds", dest="seeds", nargs="+", type=whole_numbers, metavar="N",
-                       help="repeats, such as 0,1,2 (default: the profile's)")  # fmt: skip
-        p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a knob of the profile; "
-                       "may be repeated, lists are written with commas")  # fmt: skip
+        add_run_options(p)
         p.add_argument("--dry-run", action="store_true", help="only say what would be made, and estimate time and disk")
-        p.add_argument("--skip-corrupt", action="store_true", help="name corrupt images and leave them out, instead "
-                       "of stopping")  # fmt: skip
-        p.add_argument("--allow-leakage", action="store_true", help="go on though pre-training sets repeat test patches of "
-                       "the target")  # fmt: skip
         p.add_argument("--force", action="store_true", help="make this command's stages anew, and all that follows")
-        if name == "export":
-            p.add_argument("--out", required=True, metavar="FOLDER", help="a new folder")
-            p.add_argument("--all", action="store_true", help="not only the patches that the selection kept")
         if name == "reproduce":
             p.add_argument("--cores", type=int, metavar="N", help="processor cores to use (default: all)")
+    add_export(commands)
     add_tile(commands)
     return parser
+
+
+def add_run_options(p) -> None:
+    "The options that say which run is meant."
+    from histodiffusion.profiles import PROFILES
+
+    presets = "; ".join(f"{name}: {preset.description}" for name, preset in PROFILES.items())
+    p.add_argument("--profile", help=f"preset of scale (default: the one in settings.ini); {presets}")
+    p.add_argument("--dataset", default="phantom:target", help="labelled set: phantom:LABORATORY[:N[:SEED]], "
+                   "folder:PATH with class/image below, or a name (see 'data list'; default: phantom:target)")  # fmt: skip
+    p.add_argument("--pretrain-sets", nargs="+", metavar="SET", help="unlabelled sets to learn from (default: "
+                   "those that suit the target)")  # fmt: skip
+    p.add_argument("--label-fraction", type=float, metavar="F", help="share of the training labels that is known, "
+                   "0 < F <= 1 (default: the profile's)")  # fmt: skip
+    p.add_argument("--seed", "--seeds", dest="seeds", nargs="+", type=whole_numbers, metavar="N",
+                   help="repeats, such as 0,1,2 (default: the profile's)")  # fmt: skip
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a knob of the profile; "
+                   "may be repeated, lists are written with commas")  # fmt: skip
+    p.add_argument("--skip-corrupt", action="store_true", help="name corrupt images and leave them out, instead "
+                   "of stopping")  # fmt: skip
+    p.add_argument("--allow-leakage", action="store_true", help="go on though pre-training sets repeat test patches of "
+                   "the target")  # fmt: skip
+
+
+def add_export(commands) -> None:
+    "The options of `export`, which reads what a run has made."
+    text = "write the synthetic patches of a run as a folder to share, with table, card and Croissant metadata"
+    p = commands.add_parser("export", help=text, description=f"{text[:1].upper()}{text[1:]}. The run's patches must be "
+                            "there: 'histodiffusion select' with the same options makes them.")  # fmt: skip
+    add_run_options(p)
+    p.add_argument("--out", required=True, metavar="FOLDER", help="a new folder; one below it for each of several seeds")
+    p.add_argument("--all", action="store_true", help="not only the patches that the selection kept")
 
 
 def add_tile(commands) -> None:
@@ -135,15 +145,11 @@ def tile(args) -> None:
 
 def export(args) -> None:
     "Write the synthetic patches of every seed of a run."
-    from histodiffusion.sharing import export_synthetic, synthetic_metadata
+    from histodiffusion.sharing import export_synthetic
 
     run = make_run(args)
     for seed in run.knobs.seeds:
         folder = args.out if len(run.knobs.seeds) == 1 else os.path.join(args.out, f"seed-{seed}")
-        if args.dry_run:
-            rows = synthetic_metadata(run.with_seed(seed))
-            print(f"{len(rows) if args.all else rows.selected.sum()} patches to {folder}")
-            continue
         print(export_synthetic(run.with_seed(seed), folder, selected=not args.all))
 
 

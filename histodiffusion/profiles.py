@@ -15,6 +15,7 @@ from .core import HistoDiffusionError
 class DataKnobs:
     "What is read and at which size."
     image_size: int = 64 # side of every patch, px, a multiple of 16
+    stain: str = "none" # 'none', or 'macenko': colour patches are brought to one reference stain
     pretrain_patches: int = 1800 # unlabelled patches cut for pre-training
     label_fraction: float = .1 # share of the training labels that is known, 0 < f <= 1
     seeds: tuple = (0, 1) # repeats of adaptation and evaluation; each draws its own labelled patches
@@ -81,9 +82,10 @@ _LABELS = ("name", "description", "tried", "expected")
 _SMALL = dict(
     name="small", description="real tissue on two CPU cores",
     pretrain_patches=30_000, label_fraction=.05, seeds=(0, 1, 2),
-    autoencoder_channels=(32, 64, 128), autoencoder_steps=2000, autoencoder_batch=16, autoencoder_lr=1e-3,
-    unet_channels=(64, 128, 256), unet_attention=(False, True, True), diffusion_steps=5000, diffusion_lr=5e-4,
-    finetune_steps=400, classifier_steps=400, sampler_steps=20, samples_per_class=50, backbone_steps=400, backbone_batch=64)
+    autoencoder_channels=(32, 64, 128), autoencoder_steps=2500, autoencoder_batch=16, autoencoder_lr=1e-3,
+    unet_channels=(64, 128, 256), unet_attention=(False, True, True), diffusion_steps=4500, diffusion_batch=64, diffusion_lr=8e-4,
+    finetune_steps=600, classifier_steps=400, classifier_batch=64, sampler_steps=20, samples_per_class=60,
+    backbone_steps=400, backbone_batch=64)
 _GPU = _SMALL | dict(
     name="gpu", description="one GPU, a day; untried", seeds=(0, 1, 2, 3, 4), pretrain_patches=400_000,
     autoencoder_channels=(64, 128, 256), autoencoder_layers=2, autoencoder_steps=40_000, autoencoder_batch=64,
@@ -105,7 +107,7 @@ _PAPER = _GPU | dict(
 PROFILES: dict[str, Profile] = {p.name: p for p in (Profile(), *(Profile(**k) for k in (_SMALL, _GPU, _PAPER)))}
 
 # %% ../nbs/library/19_profiles.ipynb #e3f2dce3
-_CHOICES = dict(prediction=("epsilon", "v_prediction"), classifier_mode=("noise_aware", "clean"),
+_CHOICES = dict(stain=("none", "macenko"), prediction=("epsilon", "v_prediction"), classifier_mode=("noise_aware", "clean"),
                 precision=("no", "bf16", "fp16"), selection_rule=("centroid", "confidence", "both", "random"))
 
 def _as_type(name, value, like):

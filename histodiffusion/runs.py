@@ -40,9 +40,9 @@ class StageSpec:
 # %% ../nbs/library/20_runs.ipynb #348f42b8
 _SHARED = (
     StageSpec("pretraining_data", "cut the pool of unlabelled patches", "the pool of patches", "pretrain",
-              data="pretraining", fields=("image_size", "pretrain_patches"), per_seed=False),
+              data="pretraining", fields=("image_size", "stain", "pretrain_patches"), per_seed=False),
     StageSpec("target_data", "read the labelled set and split it by content", "manifest and splits", "data",
-              data="target", fields=("image_size",), per_seed=False),
+              data="target", fields=("image_size", "stain"), per_seed=False),
     StageSpec("autoencoder", "train the autoencoder on the pool", "autoencoder, latent cache", "pretrain",
               ("pretraining_data",), per_seed=False,
               fields=("autoencoder_channels", "autoencoder_layers", "latent_channels", "autoencoder_steps",

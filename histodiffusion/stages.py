@@ -29,6 +29,7 @@ from .metrics import classification_metrics, frechet_distance, near_copies, summ
 from .runs import Run, stage
 from .sampling import load_pipeline, save_pipeline, synthesize_patches
 from .selection import class_centroids, select_patches, selection_report
+from .stain import normalise_stain
 from .training import FitConfig
 
 # %% ../nbs/library/21_stages.ipynb #fd0617d9
@@ -41,9 +42,16 @@ def pretraining_data(
     c = run.config
     images, origin = unlabelled_pool(run.pretrain_sets, c.pretrain_patches, c.image_size, run.channels, skip_corrupt=run.skip_corrupt)
     order = np.random.default_rng(0).permutation(len(images))
-    np.save(folder/"pool.npy", images[order])
+    np.save(folder/"pool.npy", _stained(run, images[order]))
     counts = {s: int((origin == k).sum()) for k, s in enumerate(run.pretrain_sets)}
     write_json(folder/"pool.json", dict(counts=counts, shape=list(images.shape), origin=origin[order].tolist()))
+
+def _stained(run, images):
+    "Patches at the reference stain, if the profile asks for it."
+    if run.config.stain == "none": return images
+    new, left = normalise_stain(images)
+    print(f"stain: {len(left)} of {len(images)} patches hold too little tissue, and stay as they are")
+    return new
 
 @stage("target_data")
 def target_data(
@@ -52,7 +60,7 @@ def target_data(
 ):
     "Load the labelled set once, with its splits."
     patches = load_patches(run.dataset, run.config.image_size, run.channels, run.skip_corrupt)
-    np.save(folder/"patches.npy", patches.images)
+    np.save(folder/"patches.npy", _stained(run, patches.images))
     groups = split_groups(run.dataset, patches.keys, patches.groups, run.config.image_size)
     splits = {k: v.tolist() for k, v in split_patches(patches.keys, groups).items()}
     write_json(folder/"manifest.json", dict(name=patches.name, classes=patches.classes, counts=patches.counts(),

@@ -106,3 +106,21 @@ def test_command_line_exports_nothing_before_there_is_something(home, capsys):
     assert main(["export", "--out", str(home / "shared")]) == 2
     assert "histodiffusion select" in capsys.readouterr().err
     assert not (home / "shared").exists()
+
+
+def test_stain_knob_changes_colour_patches_and_refuses_grey_ones(home):
+    from histodiffusion import stages
+    from histodiffusion.runs import Run
+
+    def patches(**overrides):
+        run = Run("smoke", "phantom:target:90", ["phantom:kyoto:45"], overrides=overrides)
+        return np.load(stages.target_data(run) / "patches.npy")
+
+    plain, stained = patches(), patches(stain="macenko")
+    assert plain.shape == stained.shape and (plain != stained).any((1, 2, 3)).mean() > 0.5
+    for c in ("ADI", "TUM"):
+        (home / "grey" / c).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(plain[i, ..., 0] ^ (c == "ADI")).save(home / "grey" / c / f"{i}.png")
+    with pytest.raises(HistoDiffusionError, match="grey"):
+        stages.target_data(Run("smoke", f"folder:{home / 'grey'}", ["phantom:kyoto:45"], overrides=dict(stain="macenko")))
