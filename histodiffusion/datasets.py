@@ -96,7 +96,8 @@ def _read_groups(folder, files):
     path = folder/"manifest.csv"
     if not path.is_file(): return None
     try: manifest = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (ValueError, OSError) as e: raise HistoDiffusionError(f"{path} is no table ({e}): repair or remove it.") from e
+    except (ValueError, OSError) as e:
+        raise HistoDiffusionError(f"{path} is no table ({' '.join(str(e).split())}): repair or remove it.") from e
     if "file" not in manifest or not {"slide", "patient"} & set(manifest): return None
     of = dict(zip(manifest.file, group_keys(manifest)))
     by_name, twice = {}, set()

@@ -124,3 +124,33 @@ def test_stain_knob_changes_colour_patches_and_refuses_grey_ones(home):
             Image.fromarray(plain[i, ..., 0] ^ (c == "ADI")).save(home / "grey" / c / f"{i}.png")
     with pytest.raises(HistoDiffusionError, match="grey"):
         stages.target_data(Run("smoke", f"folder:{home / 'grey'}", ["phantom:kyoto:45"], overrides=dict(stain="macenko")))
+
+
+def test_broken_manifests_end_in_a_sentence(home):
+    spec = write_set(home / "set", 4)
+    rows = "".join(f"{c}/{i}.png,slide-{i},ann{c}\n" for c in ("ADI", "TUM") for i in range(4))
+    good, rng = ("file,slide,patient\n" + rows).encode(), np.random.default_rng(0)
+    read = refused = 0
+    for _ in range(60):
+        data = bytearray(good)
+        for _ in range(rng.integers(1, 12)):
+            at, kind = int(rng.integers(len(data))), rng.integers(4)
+            if kind == 0:
+                data[at] = rng.integers(256)
+            elif kind == 1:
+                del data[at : at + int(rng.integers(1, 40))]
+            elif kind == 2:
+                data[at:at] = rng.choice([b'"', b"\0", b"\xff\xfe", b",,,,", b"\n\n", b"\r"])
+            else:
+                data[at:at] = data[: int(rng.integers(1, 60))]
+            data = data or bytearray(b"x")
+        (home / "set" / "manifest.csv").write_bytes(data)
+        try:
+            patches = load_patches(spec)
+            assert len(patches) == 8
+            split_patches(patches.keys, patches.groups)
+            read += 1
+        except HistoDiffusionError as e:
+            assert "\n" not in str(e)
+            refused += 1
+    assert read and refused and read + refused == 60
