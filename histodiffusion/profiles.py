@@ -84,7 +84,7 @@ _SMALL = dict(
     pretrain_patches=30_000, label_fraction=.05, seeds=(0, 1, 2),
     autoencoder_channels=(32, 64, 128), autoencoder_steps=2500, autoencoder_batch=16, autoencoder_lr=1e-3,
     unet_channels=(64, 128, 256), unet_attention=(False, True, True), diffusion_steps=4500, diffusion_batch=64, diffusion_lr=8e-4,
-    finetune_steps=600, classifier_steps=400, classifier_batch=64, sampler_steps=40, eta=1., samples_per_class=60,
+    finetune_steps=600, classifier_steps=400, classifier_batch=64, sampler_steps=20, samples_per_class=60,
     backbone_steps=400, backbone_batch=64)
 _GPU = _SMALL | dict(
     name="gpu", description="one GPU, a day; untried", seeds=(0, 1, 2, 3, 4), pretrain_patches=400_000,
