@@ -90,6 +90,25 @@ def _enough_disk(folder, n_bytes):
                                   "free some space, or set HISTODIFFUSION_DATA_HOME to a larger disk.")
 
 # %% ../nbs/library/04_packed.ipynb #3ea2871d
+@contextlib.contextmanager
+def _named(skip_corrupt):
+    "Give a list; where the block fails and corrupt images may be skipped, say which one it was."
+    try: yield []
+    except HistoDiffusionError as e:
+        if not skip_corrupt: raise
+        print(f"skipped: {e}")
+
+def _write_index(folder, kept, n_bytes, keys, shapes, starts, names, labels, classes, groups):
+    "The index of the images that were kept."
+    pick = lambda values, default: [default if values is None else values[i] for i in kept]
+    save_tensors(folder/"index.safetensors", dict(
+        starts=np.array(starts, np.int64), shapes=np.array(shapes, np.int64),
+        labels=np.array(pick(labels, -1), np.int64)))
+    write_json(folder/"index.json", dict(
+        format=FORMAT, bytes=n_bytes, names=[str(i) for i in kept] if names is None else pick(names, ""), keys=keys,
+        classes=list(classes), groups=pick(groups, "")))
+
+# %% ../nbs/library/04_packed.ipynb #d6021f1d
 def pack_images(
     items, # what `read` reads, one entry per image
     folder, # where to
@@ -117,24 +136,6 @@ def pack_images(
         if not kept: raise HistoDiffusionError(f"{folder.name}: none of {len(items)} images can be read: check the folder.")
         _write_index(new, kept, at, keys, shapes, starts, names, labels, classes, groups)
     return open_packed(folder)
-
-@contextlib.contextmanager
-def _named(skip_corrupt):
-    "Give a list; where the block fails and corrupt images may be skipped, say which one it was."
-    try: yield []
-    except HistoDiffusionError as e:
-        if not skip_corrupt: raise
-        print(f"skipped: {e}")
-
-def _write_index(folder, kept, n_bytes, keys, shapes, starts, names, labels, classes, groups):
-    "The index of the images that were kept."
-    pick = lambda values, default: [default if values is None else values[i] for i in kept]
-    save_tensors(folder/"index.safetensors", dict(
-        starts=np.array(starts, np.int64), shapes=np.array(shapes, np.int64),
-        labels=np.array(pick(labels, -1), np.int64)))
-    write_json(folder/"index.json", dict(
-        format=FORMAT, bytes=n_bytes, names=[str(i) for i in kept] if names is None else pick(names, ""), keys=keys,
-        classes=list(classes), groups=pick(groups, "")))
 
 # %% ../nbs/library/04_packed.ipynb #0050f5bc
 def images_to_tensor(
