@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SIDE', 'FORMAT', 'COARSE', 'FINE', 'THRESHOLDS', 'PAIR_COLUMNS', 'LEAK_COLUMNS', 'colour_statistics',
            'thumbnail', 'is_flat', 'Scan', 'scan_set', 'cosine_parts', 'turn', 'find_overlap', 'Audit', 'audit_set',
-           'audit_pair', 'audit_sets', 'known_sets', 'may_show', 'read_pictures', 'pair_pictures', 'split_groups',
-           'leakage', 'refuse_leakage', 'write_leaks']
+           'audit_pair', 'audit_sets', 'known_sets', 'may_show', 'read_pictures', 'pair_pictures',
+           'embedding_distances', 'split_groups', 'leakage', 'refuse_leakage', 'write_leaks']
 
 # %% ../nbs/library/09_audit.ipynb #0dbb2660
 import os, warnings, zipfile
@@ -23,7 +23,7 @@ from scipy.sparse.csgraph import connected_components
 
 from .core import HistoDiffusionError, atomic_path, hash_object, load_settings, progress
 from .datasets import (dataset_fingerprint, list_images, load_patches, packed_dataset, split_patches,
-                                     square_patch)
+                                     square_patch, to_grey)
 from .packed import content_key
 from .registry import REGISTRY, dataset_folder, read_image
 
@@ -380,6 +380,20 @@ def pair_pictures(
     left, right = read_pictures(a, pairs.i, side), read_pictures(b, pairs.j, side)
     right = [np.moveaxis(turn(np.moveaxis(im, -1, 0), k), 0, -1) for im, k in zip(right, pairs.position)]
     return np.concatenate([left, np.stack(right)], 2) if len(left) else np.zeros((0, side, 2*side, 3), np.uint8)
+
+# %% ../nbs/library/09_audit.ipynb #7d88513f
+def embedding_distances(
+    a:str, # name of a set
+    b:str, # name of the other
+    pairs:pd.DataFrame, # rows of `find_overlap`, two or more for a control
+) -> tuple: # cosine distance of each pair, and of its control, each (N,) in 0..2
+    "How far apart the two pictures of a pair lie in the features of the packaged encoder."
+    from histodiffusion.features import encode_images, load_encoder
+    grey = to_grey(pair_pictures(a, b, pairs))
+    encoder = load_encoder()
+    left, right = (encode_images(encoder, grey[:, :, half]) for half in (slice(64), slice(64, None)))
+    left, right = (f/np.linalg.norm(f, axis=1, keepdims=True) for f in (left, right))
+    return 1 - (left*right).sum(1), 1 - (left*np.roll(right, 1, axis=0)).sum(1)
 
 # %% ../nbs/library/09_audit.ipynb #f807a98a
 def split_groups(
