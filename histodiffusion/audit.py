@@ -22,7 +22,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from .core import HistoDiffusionError, atomic_path, hash_object, load_settings, progress
-from .datasets import (dataset_fingerprint, list_images, load_patches, packed_dataset, split_patches,
+from .datasets import (dataset_fingerprint, in_hdf5, list_images, load_patches, packed_dataset, split_patches,
                                      square_patch, to_grey)
 from .packed import content_key
 from .registry import REGISTRY, dataset_folder, read_image
@@ -100,6 +100,10 @@ def _read_rows(spec, size):
     if spec.startswith("phantom:"):
         p = load_patches(spec, size)
         return [_row(Image.fromarray(im), f"patch {i}", p.classes[p.labels[i]], im.size) for i, im in enumerate(p.images)], []
+    if in_hdf5(spec):
+        p = packed_dataset(spec)
+        return [_row(Image.fromarray(p[i]), p.names[i], p.classes[p.labels[i]], p[i].nbytes)
+                for i in progress(range(len(p)), desc=f"auditing {spec}", unit="image")], []
     folder = dataset_folder(spec)
     for path in progress(list_images(spec), desc=f"auditing {spec}", unit="image"):
         file = path.relative_to(folder)
@@ -364,6 +368,9 @@ def read_pictures(
 ) -> np.ndarray: # (N, side, side, 3) uint8
     "The centre squares of some images of a set, at one size."
     if spec.startswith("phantom:"): images = load_patches(spec, size, 3).images[np.asarray(indices, int)]
+    elif in_hdf5(spec):
+        p = packed_dataset(spec)
+        images = [p[i] for i in np.asarray(indices, int)]
     else:
         files = scan_set(spec).table.file.to_numpy()[np.asarray(indices, int)]
         images = [np.asarray(read_image(dataset_folder(spec)/f).convert("RGB")) for f in files]

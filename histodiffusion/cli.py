@@ -261,10 +261,11 @@ def audit_data(args) -> None:
 
 def show_data(run) -> None:
     "Print splits, class counts and fingerprints."
+    from histodiffusion.audit import split_groups
     from histodiffusion.datasets import labelled_fraction, load_patches, pool_counts, split_patches
 
     patches = load_patches(run.dataset, run.knobs.image_size, run.channels, skip_corrupt=run.skip_corrupt)
-    splits = split_patches(patches.keys, patches.groups)
+    splits = split_patches(patches.keys, split_groups(run.dataset, patches.keys, patches.groups, run.knobs.image_size))
     train = patches.subset(splits["train"])
     known = labelled_fraction(train.labels, train.keys, run.label_fraction, run.seed, patches.classes)
     counts = {name: patches.subset(i).counts() for name, i in splits.items()}

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .core import HistoDiffusionError, load_settings, read_json
-from .datasets import list_images, parse_phantom
+from .datasets import dataset_classes, in_hdf5, list_images, packed_dataset, parse_phantom
 from .phantom import PHANTOM_CLASSES
 from .profiles import get_profile
 from .runs import STAGES, Run, forget, machine, provenance_path, upstream_of
@@ -76,6 +76,7 @@ def _network(widths, layers, side):
 def _count(spec):
     "Patches and classes of a labelled set."
     if spec.startswith("phantom:"): return parse_phantom(spec)[1], len(PHANTOM_CLASSES)
+    if in_hdf5(spec): return len(packed_dataset(spec)), len(dataset_classes(spec))
     files = list_images(spec)
     return len(files), len({p.parent for p in files})
 

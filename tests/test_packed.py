@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from histodiffusion.audit import split_groups
+from histodiffusion.audit import leakage, split_groups
 from histodiffusion.cli import main
 from histodiffusion.core import HistoDiffusionError
-from histodiffusion.datasets import dataset_fingerprint, load_patches, packed_dataset, split_patches
+from histodiffusion.datasets import dataset_fingerprint, load_patches, packed_dataset, split_patches, unlabelled_pool
 from histodiffusion.phantom import phantom_patches
 
 
@@ -46,6 +46,16 @@ def test_patchcamelyon_is_packed_from_its_hdf5_files(home):
     assert packed.labels.tolist() == np.concatenate(labels).tolist()
     assert packed.names[:1] + packed.names[-1:] == ["train/0", "test/1"]
     assert load_patches("patchcamelyon", 64, 1).images.shape == (11, 64, 64, 1)
+    pool, origin = unlabelled_pool(["patchcamelyon", "phantom:kyoto:18"], 20)
+    assert pool.shape == (len(origin), 64, 64, 3) and set(origin) == {0, 1}
+    target = home / "target"
+    for c in ("a", "b"):
+        (target / c).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)).save(target / c / f"{i}.png")
+    Image.fromarray(images[0][2][:, ::-1]).save(target / "a" / "leak.png")
+    found = leakage(f"folder:{target}", ["patchcamelyon"])
+    assert found[["pretrain_file", "target_file"]].values.tolist() == [["train/2", "a/leak.png"]]
 
 
 def test_a_set_is_packed_once_and_anew_when_a_file_changes(home):
