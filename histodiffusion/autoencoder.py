@@ -7,8 +7,6 @@ __all__ = ['build_autoencoder', 'AutoencoderLoss', 'fold_statistics', 'encode_pa
            'train_autoencoder']
 
 # %% ../nbs/library/11_autoencoder.ipynb #7ec0c6b0
-from pathlib import Path
-
 import numpy as np
 import torch
 from diffusers import AutoencoderKL

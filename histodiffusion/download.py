@@ -7,7 +7,7 @@ __all__ = ['format_bytes', 'parse_checksum', 'check_file', 'read_ledger', 'recor
            'ResumableDownloader', 'download_file', 'UnfinishedError', 'unpack_archive', 'H5Array', 'read_h5']
 
 # %% ../nbs/library/02_download.ipynb #c9c737bc
-import bz2, contextlib, glob, gzip, lzma, os, re, shutil, stat, tarfile, tempfile, time, unicodedata, zipfile, zlib
+import bz2, contextlib, glob, gzip, lzma, os, re, shutil, stat, tarfile, time, unicodedata, zipfile, zlib
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .core import HistoDiffusionError, load_settings, progress, read_json, write_json
+from .core import HistoDiffusionError, load_settings, progress, write_json
 from .download import (UnfinishedError, check_file, download_file, forget_download, format_bytes, read_h5,
                                      read_ledger, unpack_archive)
 

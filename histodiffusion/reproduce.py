@@ -8,7 +8,7 @@ __all__ = ['Job', 'plan', 'work', 'estimate', 'duration', 'describe_plan', 'exec
 
 # %% ../nbs/library/23_reproduce.ipynb #ba9fc96c
 import contextlib, json, math, os, shlex, shutil, signal, subprocess, sys, tempfile, time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from .core import HistoDiffusionError, load_settings, read_json

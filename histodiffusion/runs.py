@@ -429,6 +429,7 @@ def command_of(
     if run.pretrain_sets != default.pretrain_sets: words += ["--pretrain-sets", *run.pretrain_sets]
     if run.label_fraction != default.label_fraction: words += ["--label-fraction", str(run.label_fraction)]
     if run.seed and verb not in ("evaluate", "reproduce"): words += ["--seed", str(run.seed)]
+    if run.skip_corrupt: words += ["--skip-corrupt"]
     if run.allow_leakage: words += ["--allow-leakage"]
     for k, v in run.overrides.items():
         text = ",".join(map(str, v)) if isinstance(v, tuple | list) else v
