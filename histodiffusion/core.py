@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['HistoDiffusionError', 'project_root', 'Settings', 'load_settings', 'hash_object', 'hash_file', 'derive_seed',
-           'seed_everything', 'keep_freed_memory', 'get_device', 'atomic_path', 'write_text', 'write_json', 'read_json',
-           'save_tensors', 'load_tensors', 'progress']
+           'seed_everything', 'keep_freed_memory', 'get_device', 'machine', 'atomic_path', 'write_text', 'write_json',
+           'read_json', 'save_tensors', 'load_tensors', 'progress']
 
 # %% ../nbs/library/00_core.ipynb #51cbcbfa
-import configparser, contextlib, ctypes, hashlib, json, os, random, shutil, sys, tempfile
+import configparser, contextlib, ctypes, hashlib, json, os, platform, random, re, shutil, sys, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +100,16 @@ def get_device(): # torch.device
     import torch
     keep_freed_memory()
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+# %% ../nbs/library/00_core.ipynb #ff5d24bf
+def machine() -> dict: # cpu, cores, threads, device, system
+    "Processor, cores and the device that torch used."
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
+    torch = sys.modules.get("torch")
+    device = "cpu" if torch is None or not torch.cuda.is_available() else torch.cuda.get_device_name()
+    return dict(cpu=names[0] if names else platform.processor() or platform.machine(), cores=os.cpu_count(),
+                threads=torch.get_num_threads() if torch else None, device=device, system=platform.system())
 
 # %% ../nbs/library/00_core.ipynb #135d6f16
 @contextlib.contextmanager

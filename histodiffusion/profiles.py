@@ -30,7 +30,10 @@ class PriorKnobs:
     autoencoder_batch: int = 8 # crops per step
     autoencoder_crop: int = 32 # side of the crops it trains on, px
     autoencoder_lr: float = 2e-3 # peak learning rate
-    perceptual_weight: float = .1 # weight of the distance in feature maps, >= 0
+    perceptual: str = "lite0" # distance between pictures: 'lite0' (packaged), 'lpips' (fetched once) or 'none'
+    perceptual_weight: float = .1 # its weight, >= 0
+    critic_weight: float = 0. # push of the patch discriminator as a share of the reconstruction's, >= 0; 0: none
+    critic_start: float = .6 # share of the steps after which it joins, 0..1
     kl_weight: float = 1e-6 # weight of the KL divergence, >= 0
     unet_channels: tuple = (32, 64) # width of each level of the U-Net
     unet_layers: int = 1 # residual blocks per level
@@ -63,7 +66,7 @@ class TargetKnobs:
     backbone_batch: int = 32 # patches per step
     backbone_lr: float = 4e-3 # peak learning rate
     ratio: float = 1. # synthetic over real labelled patches, > 0
-    precision: str = "no" # 'no' (fp32), 'bf16' or 'fp16'
+    precision: str = "no" # 'no' (fp32), 'bf16', 'fp16' or 'auto': bf16 where it is measured to be faster
 
 # %% ../nbs/library/19_profiles.ipynb #7d1902c5
 @dataclass(frozen=True)
@@ -86,11 +89,11 @@ _SMALL = dict(
     autoencoder_channels=(32, 64, 128), autoencoder_steps=2500, autoencoder_batch=16, autoencoder_lr=1e-3,
     unet_channels=(64, 128, 256), unet_attention=(False, True, True), diffusion_steps=4500, diffusion_batch=64, diffusion_lr=8e-4,
     finetune_steps=600, classifier_steps=400, classifier_batch=64, sampler_steps=20, samples_per_class=60,
-    backbone_steps=400, backbone_batch=64)
+    backbone_steps=400, backbone_batch=64, precision="auto")
 _GPU = _SMALL | dict(
     name="gpu", description="one GPU, a day; untried", tried=False, expected=None, seeds=(0, 1, 2, 3, 4), pretrain_patches=400_000,
     autoencoder_channels=(64, 128, 256), autoencoder_layers=2, autoencoder_steps=40_000, autoencoder_batch=64,
-    autoencoder_crop=64, autoencoder_lr=5e-4, unet_channels=(128, 256, 384), unet_layers=2,
+    autoencoder_crop=64, autoencoder_lr=5e-4, critic_weight=.2, unet_channels=(128, 256, 384), unet_layers=2,
     diffusion_steps=150_000, diffusion_batch=256, diffusion_lr=2e-4, finetune_steps=3000, finetune_lr=1e-4,
     classifier_steps=3000, classifier_batch=128, sampler_steps=50, samples_per_class=600,
     backbone="resnet18", backbone_steps=3000, backbone_batch=128, backbone_lr=1e-3, precision="bf16")
@@ -109,7 +112,8 @@ PROFILES: dict[str, Profile] = {p.name: p for p in (Profile(), *(Profile(**k) fo
 
 # %% ../nbs/library/19_profiles.ipynb #e3f2dce3
 _CHOICES = dict(stain=("none", "macenko"), prediction=("epsilon", "v_prediction"), classifier_mode=("noise_aware", "clean"),
-                precision=("no", "bf16", "fp16"), selection_rule=("centroid", "confidence", "both", "random"))
+                precision=("no", "bf16", "fp16", "auto"), perceptual=("lite0", "lpips", "none"),
+                selection_rule=("centroid", "confidence", "both", "random"))
 
 def _as_type(name, value, like):
     "A value in the type of the one that it replaces."
@@ -127,7 +131,7 @@ def _as_type(name, value, like):
 def _check(p):
     "Refuse values that no run can use."
     downs = len(p.autoencoder_channels) + len(p.unet_channels) - 2
-    zero = ("perceptual_weight", "kl_weight", "min_snr_gamma", "finetune_steps", "eta", "guidance_scale",
+    zero = ("perceptual_weight", "critic_weight", "critic_start", "kl_weight", "min_snr_gamma", "finetune_steps", "eta", "guidance_scale",
             "selection_threshold")
     low = [k for k, v in p.knobs().items() if type(v) in (int, float) and (v < 0 or v == 0 and k not in zero)]
     problems = {

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'FORMAT', 'StageSpec', 'upstream_of', 'downstream_of', 'stage_fields', 'Run', 'stage_inputs', 'stage_key',
-           'stage_home', 'provenance_path', 'is_done', 'commit_of', 'machine', 'made_with', 'provenance', 'StageConfig',
-           'inside', 'stage_folder', 'check_leakage', 'command_of', 'stage', 'forget']
+           'stage_home', 'provenance_path', 'is_done', 'commit_of', 'made_with', 'provenance', 'StageConfig', 'inside',
+           'stage_folder', 'check_leakage', 'command_of', 'stage', 'forget']
 
 # %% ../nbs/library/20_runs.ipynb #5fd66685
-import contextlib, copy, functools, importlib.metadata, os, platform, re, shlex, shutil, subprocess, sys, time
+import contextlib, copy, functools, importlib.metadata, os, platform, re, shlex, shutil, subprocess, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastcore.basics import patch
 
-from .core import HistoDiffusionError, hash_object, load_settings, read_json, write_json
+from .core import HistoDiffusionError, hash_object, load_settings, machine, read_json, write_json
 from .datasets import REGISTRY, dataset_channels, dataset_fingerprint, default_pretraining, parse_phantom
 from .profiles import Profile, get_profile
 
@@ -46,8 +46,8 @@ _SHARED = (
     StageSpec("autoencoder", "train the autoencoder on the pool", "autoencoder, latent cache", "pretrain",
               ("pretraining_data",), per_seed=False,
               fields=("autoencoder_channels", "autoencoder_layers", "latent_channels", "autoencoder_steps",
-                      "autoencoder_batch", "autoencoder_crop", "autoencoder_lr", "perceptual_weight",
-                      "kl_weight", "precision")),
+                      "autoencoder_batch", "autoencoder_crop", "autoencoder_lr", "perceptual", "perceptual_weight",
+                      "critic_weight", "critic_start", "kl_weight", "precision")),
     StageSpec("diffusion", "train the unlabelled diffusion prior on latents", "U-Net, scheduler", "pretrain",
               ("pretraining_data", "autoencoder"), per_seed=False,
               fields=("unet_channels", "unet_layers", "unet_attention", "prediction", "min_snr_gamma",
@@ -207,7 +207,7 @@ def figures(self:Run):
     return load_settings().figures_path/self.profile/self.name
 
 # %% ../nbs/library/20_runs.ipynb #d4b9d0fd
-FORMAT = 2
+FORMAT = 3
 
 def stage_inputs(
     run:Run,
@@ -286,15 +286,6 @@ def _version(package):
     except importlib.metadata.PackageNotFoundError: return "not installed"
 
 # %% ../nbs/library/20_runs.ipynb #f84ca501
-def machine() -> dict: # cpu, cores, threads, device, system
-    "Processor, cores and the device that torch used."
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
-    torch = sys.modules.get("torch")
-    device = "cpu" if torch is None or not torch.cuda.is_available() else torch.cuda.get_device_name()
-    return dict(cpu=names[0] if names else platform.processor() or platform.machine(), cores=os.cpu_count(),
-                threads=torch.get_num_threads() if torch else None, device=device, system=platform.system())
-
 def made_with() -> dict: # commit, dirty, versions, machine, date
     "What every record says of the code and the machine."
     return dict(**commit_of(load_settings().root), machine=machine(), date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

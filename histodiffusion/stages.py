@@ -103,12 +103,13 @@ def autoencoder(
     held = max(8, len(pool)//50)
     fitted = train_autoencoder(
         pool[:-held], c.autoencoder_channels, c.latent_channels, c.autoencoder_layers,
-        dict(batch=c.autoencoder_batch, crop=c.autoencoder_crop, perceptual_weight=c.perceptual_weight, kl_weight=c.kl_weight),
+        dict(batch=c.autoencoder_batch, crop=c.autoencoder_crop, perceptual=c.perceptual, perceptual_weight=c.perceptual_weight,
+             kl_weight=c.kl_weight), c.critic_weight, c.critic_start,
         FitConfig(c.autoencoder_steps, c.autoencoder_lr, warmup=c.autoencoder_steps//30, precision=c.precision), folder)
     fitted.model.save_pretrained(folder/"model")
     back = decode_latents(fitted.model, encode_patches(fitted.model, pool[-held:])[0])
     write_json(folder/"metrics.json", dict(psnr_held_out=psnr(back, pool[-held:]), held_out=held, history=fitted.history,
-                                           training_seconds=fitted.seconds))
+                                           training_seconds=fitted.seconds, precision=fitted.precision))
 
 # %% ../nbs/library/21_stages.ipynb #8500c375
 @stage("diffusion")
@@ -127,9 +128,9 @@ def diffusion(
     unet = build_unet(cache["mean"].shape[-1], c.latent_channels, c.unet_channels, c.unet_layers, c.unet_attention)
     fitted = train_diffusion(LatentSampler(cache["mean"], cache["std"]), unet, noise_schedule(c.prediction), c.diffusion_batch,
                              c.min_snr_gamma, FitConfig(c.diffusion_steps, c.diffusion_lr, warmup=c.diffusion_steps//30,
-                                                        precision=c.precision), folder)
+                                                        precision=c.precision, channels_last=False), folder)
     save_pipeline(folder/"model", vae, fitted.model)
-    write_json(folder/"metrics.json", dict(history=fitted.history, training_seconds=fitted.seconds,
+    write_json(folder/"metrics.json", dict(history=fitted.history, training_seconds=fitted.seconds, precision=fitted.precision,
                                            latents_seen=c.diffusion_steps*c.diffusion_batch))
 
 def load_autoencoder(
@@ -167,7 +168,8 @@ def _fine_tune(run, latents, unet, schedule, seed, folder):
     "The U-Net, trained on with the labelled patches; None when the profile asks for no steps."
     c = run.config
     if not c.finetune_steps: return None
-    config = FitConfig(c.finetune_steps, c.finetune_lr, warmup=c.finetune_steps//20, ema_half_life=.1, seed=seed, precision=c.precision)
+    config = FitConfig(c.finetune_steps, c.finetune_lr, warmup=c.finetune_steps//20, ema_half_life=.1, seed=seed, precision=c.precision,
+                       channels_last=False)
     return train_diffusion(latents, unet, schedule, c.diffusion_batch, c.min_snr_gamma, config, folder/"finetune", "fine-tuning")
 
 # %% ../nbs/library/21_stages.ipynb #a3b7c606
