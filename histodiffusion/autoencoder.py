@@ -132,7 +132,7 @@ class AdversarialPair(torch.nn.Module):
 class AdversarialLoss(AutoencoderLoss):
     "AutoencoderLoss, with the critic's push added at the reconstruction and the critic's own hinge loss."
     def __init__(self, *args,
-        weight:float=.2, # share of the critic's push in that of the reconstruction, > 0
+        weight:float=.1, # share of the critic's push in that of the reconstruction, > 0
         **kwargs, # of AutoencoderLoss
     ):
         super().__init__(*args, **kwargs)
@@ -234,7 +234,9 @@ def _with_critic(before, images, loss, weight, config, folder):
     "Train on with a critic, for the steps that are left."
     pair = AdversarialPair(before.model, PatchDiscriminator(images.shape[-1]))
     done = before.history[-1]["step"]
-    after = fit(pair, AdversarialLoss(images, weight=weight, **loss), replace(config, steps=config.steps - done, warmup=0),
-                Path(folder)/"critic" if folder else None, desc="autoencoder with critic")
+    left = config.steps - done
+    second = replace(config, steps=left, warmup=left//10, learning_rate=config.learning_rate/4)  # a young critic learns gently
+    after = fit(pair, AdversarialLoss(images, weight=weight, **loss), second, Path(folder)/"critic" if folder else None,
+                desc="autoencoder with critic")
     rows = [r | dict(step=r["step"] + done) for r in after.history]
     return Fit(after.model.autoencoder, before.history + rows, before.seconds + after.seconds)

@@ -93,7 +93,7 @@ _SMALL = dict(
 _GPU = _SMALL | dict(
     name="gpu", description="one GPU, a day; untried", tried=False, expected=None, seeds=(0, 1, 2, 3, 4), pretrain_patches=400_000,
     autoencoder_channels=(64, 128, 256), autoencoder_layers=2, autoencoder_steps=40_000, autoencoder_batch=64,
-    autoencoder_crop=64, autoencoder_lr=5e-4, critic_weight=.2, unet_channels=(128, 256, 384), unet_layers=2,
+    autoencoder_crop=64, autoencoder_lr=5e-4, critic_weight=.1, unet_channels=(128, 256, 384), unet_layers=2,
     diffusion_steps=150_000, diffusion_batch=256, diffusion_lr=2e-4, finetune_steps=3000, finetune_lr=1e-4,
     classifier_steps=3000, classifier_batch=128, sampler_steps=50, samples_per_class=600,
     backbone="resnet18", backbone_steps=3000, backbone_batch=128, backbone_lr=1e-3, precision="bf16")
