@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 from .core import HistoDiffusionError, get_device, progress
 from .packed import images_to_tensor, tensor_to_images
 from .features import feature_maps
-from .training import Fit, FitConfig, fit
+from .training import Fit, FitConfig, fit, mixed_precision
 
 # %% ../nbs/library/11_autoencoder.ipynb #6c50d90c
 def build_autoencoder(
@@ -176,13 +176,15 @@ def encode_patches(
     images:np.ndarray, # (N, H, W, C) uint8
     batch_size:int=64, # patches at a time
     desc:str="encoding", # for the progress bar
+    precision:str="no", # one of training.PRECISIONS
 ) -> tuple: # mean and deviation of the posterior, each (N, C, h, w) float16
     "The posterior of each patch's latent."
-    device = get_device(); autoencoder.to(device).eval()
+    device = get_device(); autoencoder.to(device, memory_format=torch.channels_last).eval()
     means, stds = [], []
     starts = range(0, len(images), batch_size)
     for i in (progress(starts, desc=desc, unit="batch") if len(images) > 2000 else starts):
-        posterior = autoencoder.encode(images_to_tensor(images[i:i + batch_size]).to(device)).latent_dist
+        with mixed_precision(precision):
+            posterior = autoencoder.encode(images_to_tensor(images[i:i + batch_size]).to(device)).latent_dist
         means.append(posterior.mean.half().cpu()); stds.append(posterior.std.half().cpu())
     return torch.cat(means), torch.cat(stds)
 
@@ -191,11 +193,13 @@ def decode_latents(
     autoencoder:AutoencoderKL,
     latents:torch.Tensor, # (N, C, h, w), unit variance
     batch_size:int=64, # latents at a time
+    precision:str="no", # one of training.PRECISIONS
 ) -> np.ndarray: # (N, H, W, C) uint8
     "The patches that latents stand for."
-    device = get_device(); autoencoder.to(device).eval()
-    return np.concatenate([tensor_to_images(autoencoder.decode(z.to(device).float()).sample)
-                           for z in latents.split(batch_size)])
+    device = get_device(); autoencoder.to(device, memory_format=torch.channels_last).eval()
+    with mixed_precision(precision):
+        return np.concatenate([tensor_to_images(autoencoder.decode(z.to(device).float()).sample.float())
+                               for z in latents.split(batch_size)])
 
 # %% ../nbs/library/11_autoencoder.ipynb #38711a20
 def psnr(

@@ -87,7 +87,7 @@ _SMALL = dict(
     expected=dict(accuracy_real=.809, accuracy_histodiffusion_selected=.801), # kather2016-grey64, 3 seeds, ± .02
     pretrain_patches=30_000, label_fraction=.05, seeds=(0, 1, 2),
     autoencoder_channels=(32, 64, 128), autoencoder_steps=2500, autoencoder_batch=16, autoencoder_lr=1e-3,
-    unet_channels=(64, 128, 256), unet_attention=(False, True, True), diffusion_steps=4500, diffusion_batch=64, diffusion_lr=8e-4,
+    unet_channels=(64, 128, 256), unet_attention=(False, True, True), diffusion_steps=3000, diffusion_batch=64, diffusion_lr=8e-4,
     finetune_steps=600, classifier_steps=400, classifier_batch=64, sampler_steps=20, samples_per_class=60,
     backbone_steps=400, backbone_batch=64, precision="auto")
 _GPU = _SMALL | dict(
