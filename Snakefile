@@ -3,6 +3,7 @@
 # A stage's folder is named by a hash of everything that it depends on, so a changed parameter makes new targets.
 
 from histodiffusion.reproduce import job_command, plan_from_config
+from histodiffusion.runs import RESULTS
 
 JOBS = plan_from_config(config)
 COMMAND = job_command(config)
@@ -10,7 +11,7 @@ COMMAND = job_command(config)
 
 rule all:
     input:
-        [output for job in JOBS if job.stage in ("table_1", "figure_2") for output in job.outputs],
+        [output for job in JOBS if job.stage in RESULTS for output in job.outputs],
 
 
 for job in JOBS:

@@ -5,16 +5,20 @@
 # %% auto #0
 __all__ = ['PERCEPTUAL', 'build_autoencoder', 'Lite0Distance', 'LPIPSDistance', 'perceptual_distance', 'AutoencoderLoss',
            'PatchDiscriminator', 'AdversarialPair', 'AdversarialLoss', 'fold_statistics', 'encode_patches',
-           'decode_latents', 'psnr', 'train_autoencoder']
+           'decode_latents', 'psnr', 'ssim', 'stain_drift', 'train_autoencoder', 'reconstruct',
+           'reconstruction_quality']
 
 # %% ../nbs/library/11_autoencoder.ipynb #7ec0c6b0
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 
+from .audit import colour_statistics
 from .core import HistoDiffusionError, get_device, progress
 from .packed import images_to_tensor, tensor_to_images
 from .features import feature_maps
@@ -205,9 +209,34 @@ def decode_latents(
 def psnr(
     a:np.ndarray, # (N, H, W, C) uint8
     b:np.ndarray, # (N, H, W, C) uint8
-) -> float: # dB
+    each:bool=False, # a number for each patch, instead of one for all
+): # dB, or (N,) dB; infinite where nothing differs
     "Peak signal-to-noise ratio over all patches: 10 log10(255² / MSE)."
-    return float(10*np.log10(255**2/np.mean((a.astype(float) - b.astype(float))**2)))
+    error = np.square(a.astype(float) - b).mean((1, 2, 3) if each else None)
+    with np.errstate(divide="ignore"): value = 10*np.log10(255**2/error)
+    return value if each else float(value)
+
+# %% ../nbs/library/11_autoencoder.ipynb #e6e0ca3a
+def ssim(
+    a:np.ndarray, # (N, H, W, C) uint8
+    b:np.ndarray, # (N, H, W, C) uint8
+    batch_size:int=256, # pairs at a time
+) -> float: # at most 1
+    "Structural similarity, mean over patches."
+    from torchmetrics.functional.image import structural_similarity_index_measure  # slow to import
+    parts = zip(*(images_to_tensor(im).double().add(1).split(batch_size) for im in (a, b)))  # means must not be negative
+    return float(torch.cat([structural_similarity_index_measure(p, q, data_range=2., reduction="none") for p, q in parts]).mean())
+
+# %% ../nbs/library/11_autoencoder.ipynb #18ae418d
+def stain_drift(
+    a:np.ndarray, # (N, H, W, C) uint8 patches
+    b:np.ndarray, # (N, H, W, C) uint8 reconstructions
+) -> dict: # red, green, blue (levels of 255), haematoxylin, eosin (optical density), each with its _spread; or grey alone
+    "Mean over patches of how far their mean colours move, b - a, and its deviation."
+    look = lambda images: pd.DataFrame([colour_statistics(Image.fromarray(im.squeeze())) for im in images])
+    drift = look(b) - look(a)
+    names = {c: c for c in ("red", "green", "blue", "haematoxylin", "eosin")} if a.shape[-1] == 3 else dict(red="grey")
+    return {k: float(v) for c, n in names.items() for k, v in ((n, drift[c].mean()), (f"{n}_spread", drift[c].std(ddof=0)))}
 
 # %% ../nbs/library/11_autoencoder.ipynb #c379add6
 def train_autoencoder(
@@ -236,6 +265,7 @@ def train_autoencoder(
 
 def _with_critic(before, images, loss, weight, config, folder):
     "Train on with a critic, for the steps that are left."
+    torch.manual_seed(config.seed)  # the same critic, also where a stopped run goes on here
     pair = AdversarialPair(before.model, PatchDiscriminator(images.shape[-1]))
     done = before.history[-1]["step"]
     left = config.steps - done
@@ -243,4 +273,23 @@ def _with_critic(before, images, loss, weight, config, folder):
     after = fit(pair, AdversarialLoss(images, weight=weight, **loss), second, Path(folder)/"critic" if folder else None,
                 desc="autoencoder with critic")
     rows = [r | dict(step=r["step"] + done) for r in after.history]
-    return Fit(after.model.autoencoder, before.history + rows, before.seconds + after.seconds)
+    return Fit(after.model.autoencoder, before.history + rows, before.seconds + after.seconds, after.precision)
+
+# %% ../nbs/library/11_autoencoder.ipynb #13fd1fc4
+def reconstruct(
+    autoencoder:AutoencoderKL,
+    images:np.ndarray, # (N, H, W, C) uint8
+) -> np.ndarray: # (N, H, W, C) uint8
+    "Patches through the means of their latents and back."
+    return decode_latents(autoencoder, encode_patches(autoencoder, images)[0])
+
+def reconstruction_quality(
+    autoencoder:AutoencoderKL,
+    images:np.ndarray, # (N, H, W, C) uint8 patches it was not trained on
+    back:np.ndarray|None=None, # (N, H, W, C) uint8 their reconstructions, where there are already; None: made here
+) -> dict: # psnr and its quantiles over patches (dB), ssim, and the drift of `stain_drift`
+    "What is lost between patches and their reconstructions."
+    if back is None: back = reconstruct(autoencoder, images)
+    low, median, high = np.quantile(psnr(images, back, each=True), (.05, .5, .95), method="nearest").tolist()
+    return dict(psnr=psnr(images, back), psnr_p05=low, psnr_p50=median, psnr_p95=high, ssim=ssim(images, back),
+                **stain_drift(images, back))

@@ -17,6 +17,7 @@ COMMANDS = {
     "select": "keep the synthetic patches that match their class",
     "augment": "train the backbone on real + synthetic patches and measure it on test patches",
     "evaluate": "put all seeds together: Table 1 and Figure 2",
+    "ablate": "try each choice in sampling by itself, and measure what it is worth",
 }
 NAMED = ("fetch", "verify", "describe")  # actions of `data` on one set of the registry
 
@@ -184,9 +185,10 @@ def run_stages(run, command: str, force: bool) -> None:
         title = f"[{job.place}] {STAGES[job.stage].what}" + (f", seed {seed}" if STAGES[job.stage].per_seed else "")
         if not this.done(job.stage):
             print(title, flush=True)
-            import histodiffusion.stages as stages  # imports torch
+            import histodiffusion.ablations  # noqa: F401 - imports torch, and every stage
+            from histodiffusion.runs import MADE_BY
 
-            getattr(stages, job.stage)(this)
+            MADE_BY[job.stage](this)
         record = read_json(load_settings().root / job.outputs[0])
         print(f"{title}: {'done before' if job.done else 'done'} in {duration(record['seconds'])}")
         print(f"    {load_settings().root / job.outputs[-1]}" if job.outputs[1:] else f"    {this.folder(job.stage)}")

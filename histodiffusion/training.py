@@ -130,6 +130,8 @@ def _restore(state, model, ema, optimizer):
     for k, v in state.items():
         if k.startswith("optimizer."): moments.setdefault(int(k.split(".")[1]), {})[k.split(".")[2]] = v
     optimizer.load_state_dict(dict(state=moments, param_groups=optimizer.state_dict()["param_groups"]))
+    for p, s in getattr(optimizer, "optimizer", optimizer).state.items():  # fused AdamW walks through memory: the same layout
+        s |= {k: torch.empty_like(p).copy_(v) for k, v in s.items() if v.shape == p.shape}
 
 # %% ../nbs/library/10_training.ipynb #3f0f16f7
 class _Loop:

@@ -15,7 +15,18 @@ import pytest
 from histodiffusion.core import HistoDiffusionError, read_json
 from histodiffusion.profiles import PROFILES, Profile, get_profile
 from histodiffusion.reproduce import estimate, plan
-from histodiffusion.runs import STAGES, Run, forget, inside, provenance_path, stage, stage_fields, stage_folder
+from histodiffusion.runs import (
+    RESULTS,
+    STAGES,
+    Run,
+    forget,
+    inside,
+    provenance_path,
+    stage,
+    stage_fields,
+    stage_folder,
+    upstream_of,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ("pretraining_data", "autoencoder", "diffusion")
@@ -59,12 +70,14 @@ def changed(**options):
 
 
 def test_guidance_scale_changes_synthesis_but_not_adaptation(project):
-    assert changed(overrides={"guidance_scale": 9.5}) == ["synthesize", "select", "augment", "table_1", "figure_2"]
+    assert changed(overrides={"guidance_scale": 9.5}) == [
+        "synthesize", "select", "augment", "sampling_grid", "adaptation_grid", *RESULTS]  # fmt: skip
 
 
 def test_every_knob_changes_the_stages_that_list_it_and_no_earlier_one(project):
     texts = {"prediction": "v_prediction", "classifier_mode": "clean", "selection_rule": "random", "precision": "bf16",
-             "scheduler": "ddpm", "backbone": "resnet18", "stain": "macenko"}  # fmt: skip
+             "scheduler": "ddpm", "backbone": "resnet18", "stain": "macenko", "perceptual": "lpips",
+             "finetune_mode": "lora", "finetune_data": "training"}  # fmt: skip
     special = {
         "autoencoder_crop": 16,
         "image_size": 128,
@@ -72,6 +85,9 @@ def test_every_knob_changes_the_stages_that_list_it_and_no_earlier_one(project):
         "unet_attention": (True, False),
         "seeds": (30,),
         "eta": 0.35,
+        "critic_weight": 0.1,
+        "selection_diversity": 0.5,
+        "guidance_interval": (0, 900),
     }
     for name, old in Profile().knobs().items():
         if name == "label_fraction":
@@ -80,7 +96,8 @@ def test_every_knob_changes_the_stages_that_list_it_and_no_earlier_one(project):
         value = texts.get(name) or special.get(name) or like[type(old)](old)
         expected = [s for s in STAGES if name in stage_fields(s)]
         if name == "seeds":
-            expected += ["figure_2"]  # shows the first seed
+            first = {s for s in STAGES if STAGES[s].seeds == "first"}
+            expected = [s for s in STAGES if name in stage_fields(s) or first & set(upstream_of(s))]
         assert changed(overrides={name: value}) == expected, name
 
 
@@ -106,7 +123,8 @@ def test_grey_target_has_its_own_prior(project):
 
 def test_seed_and_label_fraction_leave_the_prior_alone(project):
     assert changed(seed=4) == ["adapt", "synthesize", "select", "augment"]
-    assert changed(label_fraction=0.5) == ["adapt", "synthesize", "select", "augment", "table_1", "figure_2"]
+    assert changed(label_fraction=0.5) == [
+        "adapt", "synthesize", "select", "augment", "sampling_grid", "table_1", "figure_2", "ablation_sampling"]  # fmt: skip
 
 
 def test_data_that_changes_makes_new_keys(project):
@@ -198,7 +216,8 @@ def test_forgetting_a_stage_forgets_what_follows(project):
     complete(run)
     forget(run, "synthesize")
     undone = [j.name for j in plan(run) if not j.done]
-    assert undone == [f"{s}_{run.seed}" for s in ("synthesize", "select", "augment")] + ["table_1", "figure_2"]
+    assert undone == [f"{s}_{run.seed}" for s in ("synthesize", "select", "augment")] + [
+        "sampling_grid", "table_1", "figure_2", "ablation_sampling"]  # fmt: skip
 
 
 def test_estimate_learns_from_what_was_measured(project):
@@ -238,10 +257,11 @@ def test_workflow_reruns_only_what_a_parameter_touches(project):
     config = project / "config.json"
     config.write_text(json.dumps(Run("smoke", overrides={"ratio": 0.7}).parameters))
     said = call("snakemake", "-n", "--cores", "2", "--rerun-triggers", "mtime", "params", "--configfile", str(config),
-                "--forcerun", "table_1", "figure_2")  # fmt: skip
+                "--forcerun", "table_1", "figure_2", "ablation_sampling")  # fmt: skip
     rules = set(re.findall(r"^rule (\w+):", said.stdout + said.stderr, re.MULTILINE)) - {"all"}
     seeds = get_profile("smoke").seeds
-    assert rules == {"table_1", "figure_2", *(f"{s}_{n}" for s in ("select", "augment") for n in seeds)}
+    per_seed = {f"{s}_{n}" for s in ("select", "augment") for n in seeds}
+    assert rules == {"sampling_grid", "table_1", "figure_2", "ablation_sampling"} | per_seed
 
 
 def test_second_reproduce_does_nothing_and_is_quick(project):

@@ -19,7 +19,15 @@ from histodiffusion.metrics import (
     summarise_methods,
     write_table,
 )
-from histodiffusion.selection import RULES, centroid_rule, class_centroids, select_patches, selection_report
+from histodiffusion.selection import (
+    RULES,
+    centroid_rule,
+    class_centroids,
+    class_spacing,
+    select_patches,
+    selection_report,
+    unit_features,
+)
 
 
 def clouds(n, classes=4, dim=8, seed=0, spread=.4):
@@ -86,6 +94,58 @@ def test_the_best_come_first():
     assert (ten[:5] == five).all() and (np.diff(distance[ten]) >= 0).all()
     sure = select_patches(targets, {2: 10}, "confidence", **facts)
     assert (np.diff(facts["probabilities"][sure, 2]) <= 0).all()
+
+
+def one_by_one(order, f, n, floor):
+    "The greedy choice, written out."
+    taken = []
+    for i in order:
+        if len(taken) < n and all(np.linalg.norm(f[i] - f[j]) >= floor for j in taken):
+            taken.append(i)
+    return taken
+
+
+@pytest.mark.parametrize("rule", ["centroid", "confidence", "both"])
+@pytest.mark.parametrize("diversity", [.3, 1., 3.])
+def test_diversity_is_the_greedy_choice_and_what_it_passes_over_is_replaced(rule, diversity):
+    targets, facts = evidence(1600)
+    spacing = class_spacing(*clouds(40), 4)
+    all_in_order = select_patches(targets, [1600]*4, rule, **facts)
+    chosen = select_patches(targets, [150]*4, rule, diversity=diversity, spacing=spacing, **facts)
+    f = unit_features(facts["features"])
+    wanted = [one_by_one(all_in_order[targets[all_in_order] == k], f, 150, diversity*spacing[k]) for k in range(4)]
+    assert chosen.tolist() == sum(wanted, [])
+    assert diversity > .3 or (np.bincount(targets[chosen]) == 150).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_diversity_is_as_before_and_random_is_never_spread_out(rule):
+    targets, facts = evidence()
+    before = select_patches(targets, [10]*4, rule, **facts)
+    spacing = class_spacing(*clouds(40), 4)
+    assert (select_patches(targets, [10]*4, rule, diversity=0., spacing=spacing, **facts) == before).all()
+    if rule == "random":
+        assert (select_patches(targets, [10]*4, rule, diversity=2., spacing=spacing, **facts) == before).all()
+
+
+def test_ten_thousand_patches_in_one_class_leave_no_near_copies():
+    rng = np.random.default_rng(0)
+    originals = rng.normal(size=(2500, 64)) + 1
+    f = np.repeat(originals, 4, axis=0) + rng.normal(0, 1e-3, (10_000, 64))
+    centroids = class_centroids(np.stack([np.ones(64), -np.ones(64)]), [0, 1], 2)
+    passed = centroid_rule(f, np.zeros(10_000, int), centroids)[0]
+    facts = dict(features=f, centroids=centroids, spacing=class_spacing(originals, np.zeros(2500, int), 1))
+    chosen = select_patches(np.zeros(10_000, int), {0: 10_000}, diversity=.2, **facts)
+    assert len(chosen) == len(np.unique(chosen//4)) == len(np.unique(np.flatnonzero(passed)//4))
+
+
+def test_a_diversity_that_cannot_be_had_is_said():
+    targets, facts = evidence()
+    with pytest.raises(HistoDiffusionError, match="class_spacing"):
+        select_patches(targets, [5]*4, "both", diversity=.5, **facts)
+    with pytest.raises(HistoDiffusionError, match="diversity is -1"):
+        select_patches(targets, [5]*4, "both", diversity=-1, **facts)
+    assert (class_spacing(np.eye(3), [0, 1, 2], 3) == 0).all()
 
 
 def test_a_class_without_candidates_is_reported_as_zero():

@@ -1,0 +1,167 @@
+"""The first stage: its measures say what was lost, its latents are what the cache holds, and its critic comes late."""
+import numpy as np
+import pytest
+import torch
+
+from histodiffusion import stages
+from histodiffusion.autoencoder import (
+    AdversarialLoss,
+    AutoencoderLoss,
+    build_autoencoder,
+    encode_patches,
+    fold_statistics,
+    psnr,
+    reconstruct,
+    reconstruction_quality,
+    ssim,
+    stain_drift,
+    train_autoencoder,
+)
+from histodiffusion.core import HistoDiffusionError, load_tensors
+from histodiffusion.datasets import to_grey
+from histodiffusion.packed import images_to_tensor
+from histodiffusion.phantom import phantom_patches
+from histodiffusion.runs import Run
+from histodiffusion.training import FitConfig
+
+WIDTHS = (16, 16, 32)
+
+
+@pytest.fixture(scope="module")
+def tissue():
+    "Eighteen colour patches, with room for a tint."
+    return phantom_patches(np.arange(18) % 9, size=32).clip(20, 220)
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return build_autoencoder(3, WIDTHS).eval()
+
+
+def short(steps, **knobs):
+    return FitConfig(steps, 1e-3, log_every=1, **knobs)
+
+
+def train(images, steps=10, folder=None, **knobs):
+    return train_autoencoder(images, WIDTHS, loss=dict(batch=2, crop=16, perceptual="none"), folder=folder,
+                             config=short(steps, checkpoint_seconds=0), **knobs)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_perfect_reconstruction_loses_nothing(tissue, network, channels):
+    images = tissue if channels == 3 else to_grey(tissue)
+    quality = reconstruction_quality(network, images, images)
+    assert {quality[k] for k in ("psnr", "psnr_p05", "psnr_p50", "psnr_p95")} == {np.inf}
+    assert quality["ssim"] == pytest.approx(1, abs=1e-9)
+    drift = stain_drift(images, images)
+    assert set(drift.values()) == {0} and ("grey" in drift) == (channels == 1)
+
+
+@pytest.mark.parametrize("tint", [(7, 0, -12), (-20, 15, 3), (0, 0, 0)])
+def test_a_known_tint_is_the_drift_that_is_found(tissue, tint):
+    drift = stain_drift(tissue, (tissue + np.array(tint)).astype(np.uint8))
+    assert [drift[c] for c in ("red", "green", "blue")] == pytest.approx(tint, abs=1e-9)
+    assert [drift[f"{c}_spread"] for c in ("red", "green", "blue")] == pytest.approx([0]*3, abs=1e-9)
+
+
+def test_half_the_light_absorbed_again_adds_stain_and_no_spread(tissue):
+    drift = stain_drift(np.full_like(tissue, 200), np.full_like(tissue, 100))
+    assert drift["haematoxylin"] + drift["eosin"] > 0 and drift["haematoxylin_spread"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_grey_shift_is_found_and_patches_that_stray_both_ways_show_as_spread(tissue):
+    grey = to_grey(tissue).astype(int)
+    sides = np.where(np.arange(len(grey)) % 2, 6, -6).reshape(-1, 1, 1, 1)
+    assert stain_drift(grey.astype(np.uint8), (grey + 4).astype(np.uint8)) == pytest.approx(dict(grey=4, grey_spread=0))
+    assert stain_drift(grey.astype(np.uint8), (grey + sides).astype(np.uint8)) == pytest.approx(dict(grey=0, grey_spread=6))
+
+
+def test_ssim_does_not_mistake_dark_tissue_for_another(tissue):
+    "Values below zero would turn the sign of SSIM's first term; a dimmer picture is still the same picture."
+    dark = tissue//3
+    assert ssim(dark, (dark*.9).astype(np.uint8)) > .95
+    assert ssim(tissue, 255 - tissue) < .3
+
+
+def test_psnr_of_each_patch_and_of_all_agree(tissue):
+    other = (tissue + np.arange(18).reshape(-1, 1, 1, 1)).astype(np.uint8)
+    each = psnr(tissue, other, each=True)
+    assert each[0] == np.inf and (np.diff(each[1:]) < 0).all()
+    assert psnr(tissue, other) == pytest.approx(-10*np.log10(np.mean(10**(-each/10))))
+
+
+def test_quantiles_are_those_of_single_patches(tissue, network):
+    quality = reconstruction_quality(network, tissue)
+    each = psnr(tissue, reconstruct(network, tissue), each=True)
+    assert [quality[f"psnr_p{q}"] for q in ("05", "50", "95")] == pytest.approx(np.sort(each)[[1, 8, 16]].tolist())
+
+
+def test_folded_statistics_keep_the_pictures(tissue, network):
+    before = reconstruct(network, tissue)
+    z = encode_patches(network, tissue)[0].float()
+    fold_statistics(network.cpu(), z.mean((0, 2, 3)), z.std((0, 2, 3)))
+    after = reconstruct(network, tissue)
+    assert psnr(tissue, after) == pytest.approx(psnr(tissue, before), abs=.01)
+    assert psnr(before, after) > 55
+    z = encode_patches(network, tissue)[0].float()
+    assert torch.allclose(z.std((0, 2, 3)), torch.ones(4), atol=.01) and z.mean((0, 2, 3)).abs().max() < .01
+
+
+@pytest.mark.parametrize("start", [.3, .6])
+def test_the_critic_joins_after_its_share_of_the_steps(tissue, start):
+    history = train(tissue, critic_weight=.1, critic_start=start).history
+    assert [r["step"] for r in history] == list(range(1, 11))
+    assert [r["step"] for r in history if "critic" in r] == list(range(round(10*start) + 1, 11))
+    before, after = (([r["learning_rate"] for r in history if ("critic" in r) == joined]) for joined in (False, True))
+    assert max(after) < max(before) and after[-1] < after[0]
+
+
+def test_without_weight_there_is_no_critic(tissue):
+    assert not any("critic" in r for r in train(tissue, critic_weight=0.).history)
+
+
+@pytest.mark.parametrize(("which", "calls"), [(AutoencoderLoss, 4), (AdversarialLoss, 1), (AdversarialLoss, 3)])
+def test_a_run_stopped_in_either_part_ends_as_if_it_had_not_been(tissue, tmp_path, monkeypatch, which, calls):
+    whole = train(tissue, critic_weight=.1, folder=tmp_path/"whole")
+    seen, original = [], which.__call__
+
+    def stopping(self, model, generator):
+        seen.append(1)
+        if len(seen) == calls:
+            raise KeyboardInterrupt
+        return original(self, model, generator)
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(which, "__call__", stopping)
+        train(tissue, critic_weight=.1, folder=tmp_path/"stopped")
+    resumed = train(tissue, critic_weight=.1, folder=tmp_path/"stopped")
+    pairs = zip(whole.model.state_dict().values(), resumed.model.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in pairs) and len(resumed.history) == len(whole.history)
+
+
+def test_latents_do_not_depend_on_the_batch_and_are_those_of_encode(tissue, network):
+    device = next(network.parameters()).device
+    with torch.no_grad():
+        posterior = network.encode(images_to_tensor(tissue).to(device)).latent_dist
+    for size in (5, 64):
+        mean, std = encode_patches(network, tissue, size)
+        assert torch.allclose(mean.float(), posterior.mean.cpu(), atol=2e-3)
+        assert torch.allclose(std.float(), posterior.std.cpu(), atol=2e-3)
+
+
+def test_the_cache_holds_the_latents_of_the_pool(tmp_path, monkeypatch):
+    monkeypatch.setenv("HISTODIFFUSION_RESULTS_PATH", str(tmp_path/"results"))
+    tiny = dict(image_size=32, pretrain_patches=60, autoencoder_channels=[8, 16, 16], autoencoder_steps=3, perceptual_weight=0.,
+                unet_channels=[16, 32], diffusion_steps=2, diffusion_batch=4)
+    run = Run("smoke", "phantom:target:90", ["phantom:kyoto:90"], overrides=tiny)
+    for make in (stages.pretraining_data, stages.autoencoder, stages.diffusion):
+        make(run)
+    cache = load_tensors(run.folder("diffusion")/"latents.safetensors")
+    mean, std = encode_patches(stages.load_autoencoder(run), stages.read_pool(run))
+    assert torch.equal(cache["mean"], mean) and torch.equal(cache["std"], std)
+
+
+def test_an_unknown_perceptual_distance_is_named(tissue):
+    with pytest.raises(HistoDiffusionError, match="use one of lite0"):
+        AutoencoderLoss(tissue, perceptual="vgg")
