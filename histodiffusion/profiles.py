@@ -104,7 +104,8 @@ _SMALL = dict(
     pretrain_patches=30_000, label_fraction=.05, seeds=(0, 1, 2),
     autoencoder_channels=(32, 64, 128), autoencoder_steps=2500, autoencoder_batch=16, autoencoder_lr=1e-3,
     unet_channels=(64, 128, 256), unet_attention=(False, True, True), diffusion_steps=3000, diffusion_batch=64, diffusion_lr=8e-4,
-    finetune_steps=600, classifier_steps=400, classifier_batch=64, classifier_lr=2e-3, scheduler="dpmpp", sampler_steps=12, samples_per_class=60,
+    finetune_steps=600, classifier_steps=400, classifier_batch=64, classifier_lr=2e-3,
+    scheduler="dpmpp", sampler_steps=12, samples_per_class=60,
     backbone_steps=400, backbone_batch=64, precision="auto",
     ablation_per_class=10, ablation_scales=(0., 1., 2., 4., 8., 16.), ablation_steps=(5, 10, 25, 100),
     ablation_schedulers=("ddim", "ddpm", "dpmpp", "unipc", "euler", "heun"), ablation_fractions=(.02, .05, .2), ablation_finetune_steps=150)
@@ -150,7 +151,8 @@ def _as_type(name, value, like):
 def _check(p):
     "Refuse values that no run can use."
     downs = len(p.autoencoder_channels) + len(p.unet_channels) - 2
-    zero = ("perceptual_weight", "selection_diversity", "critic_weight", "critic_start", "kl_weight", "min_snr_gamma", "finetune_steps", "eta", "guidance_scale",
+    zero = ("perceptual_weight", "selection_diversity", "critic_weight", "critic_start", "kl_weight", "min_snr_gamma",
+            "finetune_steps", "eta", "guidance_scale",
             "selection_threshold")
     low = [k for k, v in p.knobs().items() if type(v) in (int, float) and (v < 0 or v == 0 and k not in zero)]
     problems = {

@@ -58,7 +58,8 @@ _BACKBONE = ("backbone", "backbone_steps", "backbone_batch", "backbone_lr")
 _ADAPTED = (
     StageSpec("adapt", "fine-tune the prior on the labelled patches, train the latent classifier",
               "fine-tuned U-Net, latent classifier", "adapt", ("target_data", "autoencoder", "diffusion"),
-              fields=("finetune_steps", "finetune_lr", "finetune_mode", "finetune_data", "lora_rank", "classifier_steps", "classifier_batch", "classifier_lr",
+              fields=("finetune_steps", "finetune_lr", "finetune_mode", "finetune_data", "lora_rank",
+                      "classifier_steps", "classifier_batch", "classifier_lr",
                       "classifier_mode", "min_snr_gamma", "precision")),
     StageSpec("synthesize", "sample patches class by class with classifier guidance", "synthetic patches, by class",
               "synthesize", ("target_data", "autoencoder", "adapt"),
