@@ -104,7 +104,7 @@ _SMALL = dict(
     autoencoder_channels=(32, 64, 128), autoencoder_steps=2500, autoencoder_batch=16, autoencoder_lr=1e-3,
     unet_channels=(64, 128, 256), unet_attention=(False, True, True), diffusion_steps=3000, diffusion_batch=64, diffusion_lr=8e-4,
     finetune_steps=600, classifier_steps=400, classifier_batch=64, classifier_lr=2e-3,
-    scheduler="dpmpp", sampler_steps=12, guidance_scale=8., samples_per_class=60,
+    scheduler="unipc", sampler_steps=10, guidance_scale=8., samples_per_class=60,
     backbone_steps=400, backbone_batch=64, precision="auto",
     ablation_per_class=10, ablation_scales=(0., 1., 2., 4., 8., 16.), ablation_steps=(5, 10, 25, 100),
     ablation_schedulers=("ddim", "ddpm", "dpmpp", "unipc", "euler", "heun"), ablation_fractions=(.02, .05, .2), ablation_finetune_steps=150)

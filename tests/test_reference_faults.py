@@ -15,11 +15,12 @@ import pytest
 import torch
 from sklearn.metrics import f1_score
 
+import histodiffusion.ablations as ablations
 import histodiffusion.stages as stages
 from histodiffusion.autoencoder import build_autoencoder, decode_latents, encode_patches, fold_statistics
 from histodiffusion.backbone import train_backbone
 from histodiffusion.diffusion import DiffusionLoss, LatentSampler, build_unet, noise_schedule
-from histodiffusion.latent_classifier import ClassifierLoss, LatentClassifier
+from histodiffusion.latent_classifier import ClassifierLoss, LabelledLatents, LatentClassifier
 from histodiffusion.metrics import SEED_COLUMNS, TABLE_COLUMNS, classification_metrics, summarise_methods
 from histodiffusion.phantom import phantom_patches
 from histodiffusion.runs import STAGES, upstream_of
@@ -29,7 +30,7 @@ from histodiffusion.training import FitConfig, ema_decay, fit
 
 ROOT = Path(__file__).resolve().parent.parent
 ABAR = np.cumprod(1 - np.linspace(0.0015, 0.0155, 1000))
-FUNCTIONS = {f.name: f for f in ast.parse(inspect.getsource(stages)).body if isinstance(f, ast.FunctionDef)}
+FUNCTIONS = {f.name: f for f in ast.parse(inspect.getsource(stages)).body if isinstance(f, ast.FunctionDef | ast.ClassDef)}
 
 
 def called(tree):
@@ -86,12 +87,10 @@ def test_classifier_sees_the_noise_level():
     guided_sample(unet, make_scheduler("ddim"), [0, 1], ClassifierGuidance(judge, 1.0), steps=5)
     assert [float(t) for _, t in asked] == [999, 799, 599, 399, 199]
     asked.clear()
-
-    class Clean:
-        def draw(self, n, generator):
-            return torch.zeros(n, 4, 8, 8), torch.zeros(n, dtype=torch.long)
-
-    ClassifierLoss(Clean(), noise_schedule(), 400)(judge, torch.Generator().manual_seed(0))
+    judge.body.register_forward_hook(lambda m, args, out: asked.append((args[0].detach(), args[1].float())))
+    nothing = torch.zeros(8, 4, 8, 8)
+    latents = LabelledLatents.__new__(LabelledLatents).fill(nothing, nothing, np.arange(8) % 2)
+    ClassifierLoss(latents, noise_schedule(), 400)(judge, torch.Generator().manual_seed(0))
     seen, t = asked[0]
     assert t.min() < 30 and t.max() > 970 and t.unique().numel() > 200
     assert np.allclose(seen.std((1, 2, 3)).numpy(), (1 - ABAR[t.long().numpy()]) ** 0.5, rtol=0.3)  # 256 values: 4.4 % each
@@ -127,6 +126,8 @@ def test_model_choice_never_reads_the_test_split():
     assert any(reads_test(f) for f in reach("augment"))
     for stage in upstream_of("augment")[:-1]:
         assert not any(reads_test(f) for f in reach(stage)), f"{stage} reads the test split"
+    written = ast.parse(inspect.getsource(ablations))
+    assert not any(n == "read_split" and any(getattr(a, "value", None) == "test" for a in c.args) for n, c in called(written))
     told = set(inspect.signature(train_backbone).parameters)
     assert not [p for p in told if "test" in p or "valid" in p]  # a fixed number of steps, no epoch is picked
 
