@@ -266,6 +266,7 @@ def measure_adaptation(
                 nearest_median=copies["median_synthetic"], nearest_median_validation=copies["median_held_out"],
                 **yardstick(s["images"], labels))
 
+# %% ../nbs/library/23_ablations.ipynb #cb959314
 @stage("adaptation_grid")
 def adaptation_grid(
     run:Run,

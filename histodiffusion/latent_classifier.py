@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from fastcore.basics import patch
 from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
@@ -98,14 +99,16 @@ class LatentClassifier(ModelMixin, ConfigMixin):
         per_knot = self.head(self.drop(self.norm(self.body(z, t)))).float().view(len(z), c.knots, -1)
         return (time_weights(t, c.knots)[:, :, None]*per_knot).sum(1).view(len(z), c.heads, c.n_classes)
 
-    def forward(self,
-        z:torch.Tensor, # (B, C, h, w) noisy latents
-        t, # time, a number or (B,)
-    ) -> torch.Tensor: # (B, K) calibrated logits
-        "The mean of the heads, over the temperature at t."
-        at = torch.as_tensor(t, device=z.device).expand(len(z))*float(self.config.noise_aware)
-        temperature = (time_weights(at, self.config.knots)*self.log_temperature).sum(1).exp()
-        return self.each_head(z, t).mean(1)/temperature[:, None]
+# %% ../nbs/library/13_latent_classifier.ipynb #c223ca40
+@patch
+def forward(self:LatentClassifier,
+    z:torch.Tensor, # (B, C, h, w) noisy latents
+    t, # time, a number or (B,)
+) -> torch.Tensor: # (B, K) calibrated logits
+    "The mean of the heads, over the temperature at t."
+    at = torch.as_tensor(t, device=z.device).expand(len(z))*float(self.config.noise_aware)
+    temperature = (time_weights(at, self.config.knots)*self.log_temperature).sum(1).exp()
+    return self.each_head(z, t).mean(1)/temperature[:, None]
 
 # %% ../nbs/library/13_latent_classifier.ipynb #60c5c840
 def classifier_from_unet(
@@ -130,6 +133,7 @@ def d4_images(
     turned = [np.rot90(images, k, (1, 2)) for k in range(4)]
     return np.concatenate([*turned, *(t[:, :, ::-1] for t in turned)])
 
+# %% ../nbs/library/13_latent_classifier.ipynb #35af60e2
 class LabelledLatents:
     "Cached posteriors of labelled patches in eight symmetries; draws classes in equal shares."
     def __init__(self,

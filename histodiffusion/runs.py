@@ -80,6 +80,8 @@ _ADAPTED = (
               fields=("finetune_lr", "lora_rank", "classifier_steps", "classifier_batch", "classifier_lr", "classifier_mode",
                       "scheduler", "sampler_steps", "eta", "guidance_scale", "guidance_interval", "precision", "ablation_per_class",
                       "ablation_fractions", "ablation_finetune_steps"), per_seed=False, seeds="first"))
+
+# %% ../nbs/library/21_runs.ipynb #0d2fd06b
 _FINAL = (
     StageSpec("table_1", "put the metrics of all seeds together", "table_1.csv, table_1.md", "evaluate", ("augment",),
               ("seeds",), per_seed=False, seeds="all", outputs=("table_1.csv", "table_1.md"), place="results"),
@@ -445,6 +447,7 @@ def command_of(
         if k != "label_fraction": words += ["--set", f"{k}={text}"]
     return shlex.join(words)
 
+# %% ../nbs/library/21_runs.ipynb #ca2752a4
 MADE_BY = {}  # stage -> the function that makes it, once its module is imported
 
 def stage(

@@ -105,6 +105,7 @@ def _predict(unet, x, t, labels):
     told = dict(class_labels=labels) if getattr(unet.config, "num_class_embeds", None) else {}
     return unet(x, t, **told).sample.float()
 
+# %% ../nbs/library/15_sampling.ipynb #14eca079
 class Guidance:
     "No guidance, and what all kinds share."
     classifier = None # (z, t) -> (B, K) logits, for the kinds that have one
@@ -339,6 +340,7 @@ def _posterior(classifier, batch, precision):
     with mixed_precision(precision): logits = classifier(x, t)
     return logits.float().softmax(1).gather(1, batch.labels[:, None])[:, 0].cpu().numpy()
 
+# %% ../nbs/library/15_sampling.ipynb #0b1f040c
 class _Drawing:
     "Slots to be filled, samples that wait at each checkpoint, and what came of all."
     def __init__(self, labels, cuts, seed, rejection):
@@ -393,6 +395,7 @@ class _Counter:
     def __enter__(self): return self
     def __exit__(self, *error): [h.remove() for h in self.hooks]
 
+# %% ../nbs/library/15_sampling.ipynb #a463f9a9
 def draw_latents(
     unet, # UNet2DModel
     labels:np.ndarray, # (N,) target class of each sample

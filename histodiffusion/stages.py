@@ -252,6 +252,7 @@ class Acceptance:
         every = {k: len(targets) for k in range(len(self.centroids))}
         return np.isin(np.arange(len(targets)), select_patches(targets, every, self.c.selection_rule, **self.evidence(images)))
 
+# %% ../nbs/library/22_stages.ipynb #a5cb4af0
 @stage("select")
 def select(
     run:Run,
