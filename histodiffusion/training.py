@@ -25,6 +25,7 @@ class FitConfig:
     steps: int # optimiser steps, >= 1
     learning_rate: float = 1e-3 # peak, per step
     weight_decay: float = 0. # decoupled (AdamW)
+    betas: tuple = (.9, .999) # decay of AdamW's first and second moments
     warmup: int = 0 # steps of linear warm-up
     schedule: str = "cosine" # 'cosine' to zero or 'constant'
     ema_half_life: float = .05 # half-life of the weight average, share of all steps; 0: none
@@ -147,7 +148,8 @@ class _Loop:
         model = model.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
         params = [p for p in model.parameters() if p.requires_grad]
         fused = self.accelerator.device.type in ("cuda", "cpu")
-        optimizer = torch.optim.AdamW(params, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
+        optimizer = torch.optim.AdamW(params, lr=config.learning_rate, weight_decay=config.weight_decay,
+                                      betas=tuple(config.betas), fused=fused)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.ema = EMAModel(params, decay=ema_decay(config), foreach=True) if config.ema_half_life else None
         if self.ema: self.ema.to(self.accelerator.device)
