@@ -6,7 +6,10 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn.metrics import f1_score
+from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
+from statsmodels.stats.multitest import multipletests
 
 from histodiffusion.core import HistoDiffusionError
 from histodiffusion.figures import figure_2, save_figure
@@ -14,6 +17,9 @@ from histodiffusion.metrics import (
     TABLE_COLUMNS,
     classification_metrics,
     frechet_distance,
+    gain_interval,
+    holm,
+    mcnemar,
     near_copies,
     paired_interval,
     summarise_methods,
@@ -178,7 +184,7 @@ def test_specificity_by_hand():
 def runs(methods, seeds=3):
     "One row per method and seed; seeds differ by far more than methods."
     rng = np.random.default_rng(0)
-    same = dict(label_fraction=.05, macro_f1=.6, sensitivity=.6, specificity=.9)
+    same = dict(label_fraction=.05, macro_f1=.6, sensitivity=.6, specificity=.9, auroc=.9, ece=.1)
     return pd.DataFrame([dict(method=m, ratio=r, seed=s, accuracy=.6 + .1*s + g + rng.normal(0, .001), **same)
                          for m, r, g in methods for s in range(seeds)])
 
@@ -204,6 +210,67 @@ def test_one_seed_has_no_interval_and_a_lone_seed_no_gain():
 def test_the_interval_holds_the_mean_and_is_symmetric(differences):
     mean, low, high = paired_interval(differences, np.zeros(len(differences)))
     assert low <= mean <= high and high - mean == pytest.approx(mean - low, abs=1e-9)
+
+
+def hits(rng, gain, seeds=5, patches=300, of_seeds=.02, of_patches=.3):
+    "Hits of two methods whose difference varies with seed, patch and both."
+    d = gain + of_seeds*rng.normal(size=(seeds, 1)) + of_patches*rng.normal(size=patches)
+    return d + .3*rng.normal(size=(seeds, patches)), np.zeros((seeds, patches))
+
+
+def test_the_interval_of_a_gain_covers_seeds_and_patches():
+    rng = np.random.default_rng(0)
+    for truth in (0., .06):
+        found = [gain_interval(*hits(rng, truth)) for _ in range(500)]
+        assert .92 <= np.mean([low <= truth <= high for _, low, high, _ in found]) <= .985
+        rejected = np.mean([p < .05 for *_, p in found])
+        assert rejected < .08 if truth == 0 else rejected > .4
+
+
+def test_the_gain_of_one_patch_per_seed_is_the_paired_t_test():
+    rng = np.random.default_rng(1)
+    d = rng.normal(.1, .2, 6)
+    mean, low, high, p = gain_interval(np.repeat(d[:, None], 40, 1), np.zeros((6, 40)))
+    expected = stats.ttest_1samp(d, 0)
+    assert p == pytest.approx(expected.pvalue) and (low, high) == pytest.approx(tuple(expected.confidence_interval()))
+    assert gain_interval(np.ones((3, 5)), np.ones((3, 5))) == (0, 0, 0, 1)
+    with pytest.raises(HistoDiffusionError, match="a row for each seed"):
+        gain_interval([1, 0], [0, 0])
+
+
+def test_the_bootstrap_of_seeds_agrees_where_patches_are_many():
+    rng = np.random.default_rng(2)
+    a, b = hits(rng, .02, seeds=30, patches=3000, of_seeds=.05, of_patches=0.)
+    mean, low, high, _ = gain_interval(a, b)
+    expected = stats.bootstrap(((a - b).mean(1),), np.mean, method="percentile", rng=rng, n_resamples=4000).confidence_interval
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=.1*(high - low))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_holm_is_that_of_statsmodels(p):
+    assert holm(p) == pytest.approx(multipletests(p, method="holm")[1])
+
+
+def test_mcnemar_is_that_of_statsmodels():
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        a, b = rng.random((2, 60)) < [[.8], [.6]]
+        table = [[np.sum(a & b), np.sum(a & ~b)], [np.sum(~a & b), np.sum(~a & ~b)]]
+        assert mcnemar(a, b) == pytest.approx(statsmodels_mcnemar(table, exact=True).pvalue)
+
+
+def test_gains_of_hits_are_corrected_and_have_two_references():
+    rng = np.random.default_rng(4)
+    methods = [("real", 0., .60), ("standard_augmentation", 0., .62), ("selected", 1., .75)]
+    right = {(m, r, .05, s): rng.random(400) < p for m, r, p in methods for s in range(3)}
+    rows = runs([(m, r, 0.) for m, r, _ in methods])
+    rows["accuracy"] = [right[k].mean() for k in zip(rows.method, rows.ratio, rows.label_fraction, rows.seed)]
+    table = summarise_methods(rows, right).set_index("method")
+    chosen = table.loc["selected"]
+    assert 0 < chosen.gain_ci_low < chosen.gain_mean < chosen.gain_ci_high and chosen.gain_p < .05
+    assert chosen.gain_std_mean == pytest.approx(chosen.gain_mean - table.gain_mean["standard_augmentation"])
+    assert table.gain_std_mean["standard_augmentation"] == 0 and np.isnan(table.gain_p["real"])
 
 
 def test_frechet_distance_of_exact_gaussians():
