@@ -19,6 +19,7 @@ from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_transform
 
 from .core import HistoDiffusionError, derive_seed, get_device, progress
+from .features import lite0_weights
 from .packed import images_to_tensor
 from .training import FitConfig, fit, mixed_precision
 
@@ -26,7 +27,7 @@ from .training import FitConfig, fit, mixed_precision
 @dataclass(frozen=True)
 class BackboneConfig:
     "All knobs of the downstream classifier."
-    name: str = "resnet10t" # a name of timm.list_models()
+    name: str = "resnet10t" # a name of timm.list_models(), or 'efficientnet_lite0', see `build_backbone`
     steps: int = 400 # optimiser steps, >= 1; the same for every method
     batch_size: int = 64 # patches per step, even (mixup pairs them)
     learning_rate: float = 2e-3 # peak, per step
@@ -39,14 +40,26 @@ class BackboneConfig:
     seed: int = 0 # of weights, batches and augmentation
 
 def build_backbone(
-    name:str, # a name of timm.list_models()
+    name:str, # a name of timm.list_models(), or 'efficientnet_lite0': the packaged one, with its ImageNet weights
     n_classes:int, # K, >= 2
     channels:int=3, # 1 greyscale, 3 RGB
+    size:int=64, # side of the patches, px; only transformers ask for it
 ) -> torch.nn.Module: # (N, channels, H, W) in [-1, 1] -> (N, K) logits
-    "A timm classifier with random weights."
+    "A timm classifier with random weights, or the packaged one with those of ImageNet."
+    if name == "efficientnet_lite0": return _packaged(n_classes, channels)
     if name not in timm.list_models():
-        raise HistoDiffusionError(f"Unknown backbone '{name}': use a name of timm.list_models(), such as resnet10t.")
-    return timm.create_model(name, num_classes=n_classes, in_chans=channels)
+        raise HistoDiffusionError(f"Unknown backbone '{name}': use efficientnet_lite0 or a name of timm.list_models(), such as resnet10t.")
+    config = timm.get_pretrained_cfg(name)  # of its published weights, which are not loaded
+    sized = dict(img_size=size) if config and config.fixed_input_size else {}
+    return timm.create_model(name, num_classes=n_classes, in_chans=channels, **sized)
+
+def _packaged(n_classes, channels):
+    "EfficientNet-Lite0 with a new last layer; for grey patches its first layer adds up its colours."
+    net = timm.create_model("tf_efficientnet_lite0", num_classes=n_classes, in_chans=channels)
+    weights = lite0_weights()
+    if channels == 1: weights["conv_stem.weight"] = weights["conv_stem.weight"].sum(1, keepdim=True)
+    net.load_state_dict({k: v for k, v in weights.items() if not k.startswith("classifier")}, strict=False)
+    return net
 
 # %% ../nbs/library/17_backbone.ipynb #1b58b119
 def augment_d4(
@@ -161,7 +174,7 @@ def train_backbone(
     "Train a backbone on real and extra patches for a fixed number of steps."
     pool = _Pool(*_pooled(images, labels, n_classes, extra_images, extra_labels), n_classes, config)
     torch.manual_seed(derive_seed("backbone", config.seed))
-    model = build_backbone(config.name, n_classes, pool.images.shape[-1]).to(pool.device)
+    model = build_backbone(config.name, n_classes, pool.images.shape[-1], pool.images.shape[1]).to(pool.device)
     def loss(model, generator):
         x, y = pool.batch(generator)
         logits = model(x)

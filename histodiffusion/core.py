@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HistoDiffusionError', 'project_root', 'Settings', 'load_settings', 'hash_object', 'hash_file', 'derive_seed',
-           'seed_everything', 'keep_freed_memory', 'get_device', 'machine', 'atomic_path', 'write_text', 'write_json',
-           'read_json', 'save_tensors', 'load_tensors', 'progress']
+           'seed_everything', 'keep_freed_memory', 'get_device', 'machine', 'peak_memory', 'atomic_path', 'write_text',
+           'write_json', 'read_json', 'save_tensors', 'load_tensors', 'progress']
 
 # %% ../nbs/library/00_core.ipynb #51cbcbfa
 import configparser, contextlib, ctypes, hashlib, json, os, platform, random, re, shutil, sys, tempfile
@@ -110,6 +110,23 @@ def machine() -> dict: # cpu, cores, threads, device, system
     device = "cpu" if torch is None or not torch.cuda.is_available() else torch.cuda.get_device_name()
     return dict(cpu=names[0] if names else platform.processor() or platform.machine(), cores=os.cpu_count(),
                 threads=torch.get_num_threads() if torch else None, device=device, system=platform.system())
+
+# %% ../nbs/library/00_core.ipynb #9f778fc8
+def peak_memory(
+    restart:bool=False, # begin a new record
+) -> dict: # process and, with a GPU, device, MiB; None where the system does not tell
+    "The most memory held since the record began."
+    torch, status = sys.modules.get("torch"), Path("/proc/self/status")
+    on_gpu = torch is not None and torch.cuda.is_available()
+    if restart:
+        with contextlib.suppress(OSError): Path("/proc/self/clear_refs").write_text("5")
+        if on_gpu: torch.cuda.reset_peak_memory_stats()
+    if status.exists(): most = int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])/1024
+    else:
+        try: import resource
+        except ImportError: most = None  # Windows
+        else: most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**(20 if sys.platform == "darwin" else 10)
+    return dict(process=most) | (dict(device=torch.cuda.max_memory_allocated()/2**20) if on_gpu else {})
 
 # %% ../nbs/library/00_core.ipynb #135d6f16
 @contextlib.contextmanager

@@ -58,19 +58,16 @@ def loss_weights(
 
 # %% ../nbs/library/12_diffusion.ipynb #828c1b00
 class LatentSampler:
-    "Draws latents from the cached posteriors: mean + deviation · noise."
+    "Draws from cached latents."
     def __init__(self,
-        mean:torch.Tensor, # (N, C, h, w)
-        std:torch.Tensor, # (N, C, h, w)
+        latents:torch.Tensor, # (N, C, h, w) float16 or float32
     ):
-        self.mean, self.std = mean, std
+        self.latents = latents
 
-    def __len__(self): return len(self.mean)
+    def __len__(self): return len(self.latents)
     def __call__(self, n, generator):
         "A batch of `n` latents on the device."
-        i = torch.randint(len(self.mean), (n,), generator=generator)
-        z = self.mean[i].float()
-        return (z + self.std[i].float()*torch.randn(z.shape, generator=generator)).to(get_device())
+        return self.latents[torch.randint(len(self.latents), (n,), generator=generator)].float().to(get_device())
 
 # %% ../nbs/library/12_diffusion.ipynb #adaf3f26
 class DiffusionLoss:

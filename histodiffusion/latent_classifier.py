@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel
+from diffusers import AutoencoderDC, DDPMScheduler, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from fastcore.basics import patch
@@ -135,20 +135,20 @@ def d4_images(
 
 # %% ../nbs/library/13_latent_classifier.ipynb #35af60e2
 class LabelledLatents:
-    "Cached posteriors of labelled patches in eight symmetries; draws classes in equal shares."
+    "Cached latents of labelled patches in eight symmetries; draws classes in equal shares."
     def __init__(self,
-        autoencoder:AutoencoderKL,
+        autoencoder:AutoencoderDC,
         images:np.ndarray, # (N, H, H, C) uint8
         labels:np.ndarray, # (N,) in 0..K-1
         symmetries:bool=True, # False: the patches as they are
         precision:str="no", # of the encoder
     ):
-        mean, std = encode_patches(autoencoder, d4_images(images) if symmetries else images, precision=precision)
-        self.fill(mean, std, np.asarray(labels), 8 if symmetries else 1)
+        z = encode_patches(autoencoder, d4_images(images) if symmetries else images, precision=precision)
+        self.fill(z, np.asarray(labels), 8 if symmetries else 1)
 
-    def fill(self, mean, std, labels, times=1):
-        "Take posteriors of `times` symmetries of each labelled patch; symmetries of a patch share its fold."
-        self.mean, self.std = mean, std
+    def fill(self, latents, labels, times=1):
+        "Take latents of `times` symmetries of each labelled patch; symmetries of a patch share its fold."
+        self.latents = latents
         self.labels = torch.as_tensor(np.tile(labels, times))
         self.classes = [torch.nonzero(self.labels == c)[:, 0] for c in range(int(self.labels.max()) + 1)]
         order = np.array([np.sum(labels[:i] == y) for i, y in enumerate(labels)])  # 0, 1, 2 … within each class
@@ -159,8 +159,7 @@ class LabelledLatents:
         "Indices of `n` latents, classes in equal shares, and the latents."
         y = torch.randint(len(self.classes), (n,), generator=generator)
         i = torch.stack([self.classes[c][torch.randint(len(self.classes[c]), (), generator=generator)] for c in y.tolist()])
-        z = self.mean[i].float()
-        return i, (z + self.std[i].float()*torch.randn(z.shape, generator=generator)).to(get_device())
+        return i, self.latents[i].float().to(get_device())
 
     def draw(self, n, generator):
         "`n` latents and their classes."
@@ -213,7 +212,7 @@ def train_latent_classifier(
 
 def _left_out(model, latents, schedule, t, seed):
     "Logits of each labelled latent at time t by the head that was trained without it, and labels."
-    z = schedule.add_noise(latents.mean.float(), torch.randn(latents.mean.shape, generator=torch.Generator().manual_seed(seed)),
+    z = schedule.add_noise(latents.latents.float(), torch.randn(latents.latents.shape, generator=torch.Generator().manual_seed(seed)),
                            torch.tensor([t]))
     logits = torch.cat([model.each_head(b.to(get_device()), t).cpu() for b in z.split(256)])
     return logits[torch.arange(len(z)), latents.order % model.config.heads], latents.labels

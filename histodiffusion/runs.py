@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .core import HistoDiffusionError, hash_object, load_settings, machine, read_json, write_json
+from .core import HistoDiffusionError, hash_object, load_settings, machine, peak_memory, read_json, write_json
 from .datasets import REGISTRY, dataset_channels, dataset_fingerprint, default_pretraining, parse_phantom
 from .profiles import Profile, get_profile
 
@@ -64,14 +64,27 @@ _ADAPTED = (
     StageSpec("synthesize", "sample patches class by class with classifier guidance", "synthetic patches, by class",
               "synthesize", ("target_data", "autoencoder", "adapt"),
               fields=("scheduler", "sampler_steps", "eta", "guidance_scale", "guidance_interval", "samples_per_class", "precision")),
-    StageSpec("select", "keep the synthetic patches that match their class", "selecting backbone, verdicts",
-              "select", ("target_data", "synthesize"),
-              fields=("selection_rule", "selection_threshold", "selection_diversity", "ratio", *_BACKBONE)),
+    StageSpec("real_only", "train the backbone on the labelled patches alone, plainly and with standard augmentation",
+              "weights of both backbones", "augment", ("target_data",), _BACKBONE),
+    StageSpec("select", "keep the synthetic patches that match their class", "verdicts, chosen patches",
+              "select", ("target_data", "synthesize", "real_only"),
+              fields=("selection_rule", "selection_threshold", "selection_diversity", "ratio", "ratios")),
     StageSpec("augment", "train the backbone on real + synthetic patches, measure it on test patches",
-              "metrics of each method", "augment", ("target_data", "synthesize", "select"),
-              fields=("ratio", *_BACKBONE)),
+              "metrics and posteriors of each method", "augment", ("target_data", "synthesize", "real_only", "select")))
+
+# %% ../nbs/library/22_runs.ipynb #0d2fd06b
+_COMPARED = (
+    StageSpec("baselines", "train other generators on the same labels, and draw patches", "synthetic patches of each", "baselines",
+              ("target_data", "autoencoder", "diffusion"),
+              fields=("gan_steps", "gan_lr", "told_steps", "told_lr", "free_scale", "scheduler", "sampler_steps", "samples_per_class",
+                      "min_snr_gamma", "precision")),
+    StageSpec("compare", "train the backbone on the baselines' patches, and classifiers of colour and packaged features",
+              "metrics and posteriors of each baseline", "baselines", ("target_data", "synthesize", "select", "baselines"),
+              fields=("encoder_lr",)),
     StageSpec("referee", "train a backbone on all training labels, to measure with", "weights of the referee", "ablate",
               ("target_data",), _BACKBONE, per_seed=False),
+    StageSpec("quality", "measure the synthetic patches of every method", "a row for each method", "baselines",
+              ("target_data", "synthesize", "real_only", "select", "baselines", "referee")),
     StageSpec("sampling_grid", "sample and measure every cell of the grid", "a row for each cell", "ablate",
               ("target_data", "autoencoder", "diffusion", "adapt", "select", "referee"),
               fields=("ablation_per_class", "ablation_scales", "ablation_schedulers", "ablation_steps"), per_seed=False, seeds="first"),
@@ -81,20 +94,30 @@ _ADAPTED = (
                       "scheduler", "sampler_steps", "eta", "guidance_scale", "guidance_interval", "precision", "ablation_per_class",
                       "ablation_fractions", "ablation_finetune_steps"), per_seed=False, seeds="first"))
 
-# %% ../nbs/library/22_runs.ipynb #0d2fd06b
+# %% ../nbs/library/22_runs.ipynb #6d2405c6
+def _final(name, what, command, upstream, seeds="all", place="results", outputs=None, fields=()):
+    "A stage that writes among the run's tables or figures."
+    outputs = outputs or ((f"{name}.csv", f"{name}.md") if place == "results" else (f"{name}.svg", f"{name}.png"))
+    return StageSpec(name, what, ", ".join(outputs), command, upstream, fields, per_seed=False, seeds=seeds, outputs=outputs, place=place)
+
 _FINAL = (
-    StageSpec("table_1", "put the metrics of all seeds together", "table_1.csv, table_1.md", "evaluate", ("augment",),
-              ("seeds",), per_seed=False, seeds="all", outputs=("table_1.csv", "table_1.md"), place="results"),
-    StageSpec("figure_2", "show real and synthetic patches side by side", "figure_2.svg, figure_2.png", "evaluate",
-              ("target_data", "synthesize", "select"), per_seed=False, seeds="first",
-              outputs=("figure_2.svg", "figure_2.png"), place="figures"),
-    StageSpec("ablation_sampling", "put the choices in sampling side by side", "ablation_sampling.csv, ablation_classifier.csv, a figure",
-              "ablate", ("sampling_grid",), per_seed=False, seeds="first", place="results",
-              outputs=("ablation_sampling.csv", "ablation_sampling.md", "ablation_classifier.csv", "ablation_classifier.md")),
-    StageSpec("ablation_adaptation", "put the ways to adapt side by side", "ablation_adaptation.csv, a figure", "ablate",
-              ("adaptation_grid",), per_seed=False, seeds="first", place="results",
-              outputs=("ablation_adaptation.csv", "ablation_adaptation.md")))
-STAGES: dict[str, StageSpec] = {s.name: s for s in (*_SHARED, *_ADAPTED, *_FINAL)}
+    _final("table_1", "put the metrics of all methods and seeds together", "evaluate", ("augment", "compare"), fields=("seeds",)),
+    _final("table_2", "put the quality of all methods' patches together", "evaluate", ("quality",), fields=("seeds",)),
+    _final("table_3", "put the cost of all stages together", "evaluate", ("augment", "compare", "quality"), fields=("seeds",)),
+    _final("figure_2", "show real and synthetic patches side by side", "evaluate", ("target_data", "synthesize", "select"), "first", "figures"),
+    _final("audit", "look for copies, wrong labels, false confidence and classes that lose", "evaluate",
+           ("referee", "augment", "compare"), outputs=("memorisation.csv", "label_noise.csv", "calibration.csv", "gain_by_class.csv"),
+           fields=("seeds",)),
+    _final("ablation_sampling", "put the choices in sampling side by side", "ablate", ("sampling_grid",), "first",
+           outputs=("ablation_sampling.csv", "ablation_sampling.md", "ablation_classifier.csv", "ablation_classifier.md")),
+    _final("ablation_adaptation", "put the ways to adapt side by side", "ablate", ("adaptation_grid",), "first"),
+    *(_final(f"ablation_{n}", what, "ablate", ("augment",), fields=("seeds", *fields)) for n, what, fields in (
+        ("labels", "vary the share of the labels that is known", ("ablation_labels",)),
+        ("pretraining", "vary the sets and patches of pre-training", ("ablation_pools", "ablation_sets")),
+        ("selection", "vary the rule of selection", ("ablation_thresholds",)),
+        ("ratio", "vary the number of synthetic patches", ("ablation_ratios",)),
+        ("backbone", "vary the network that is trained on them", ("ablation_backbones",)))))
+STAGES: dict[str, StageSpec] = {s.name: s for s in (*_SHARED, *_ADAPTED, *_COMPARED, *_FINAL)}
 RESULTS = tuple(s.name for s in _FINAL)  # what a whole run arrives at
 
 # %% ../nbs/library/22_runs.ipynb #3ac34779
@@ -325,7 +348,7 @@ def provenance(
                 seeds=list(run.knobs.seeds) if spec.seeds == "all" else None,
                 data={s: run.fingerprint(s) for s in sets}, inputs=inputs, parameters=run.parameters,
                 knobs={k: v for k, v in run.knobs.knobs().items() if k in stage_fields(stage)},
-                seconds=round(seconds, 2), **made_with())
+                seconds=round(seconds, 2), peak_memory_mib=peak_memory(), **made_with())
 
 # %% ../nbs/library/22_runs.ipynb #b795bda2
 class StageConfig:
@@ -367,6 +390,7 @@ class _Attempt:
                 print(f"waiting for another process that makes '{stage}'", flush=True)
                 fcntl.flock(self.lock, fcntl.LOCK_EX)
         self.before, self.start = self._earlier(), time.time()
+        peak_memory(restart=True)
         write_json(self.clock, dict(seconds=self.before, started=self.start))
 
     def _earlier(self):

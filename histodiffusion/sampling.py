@@ -17,7 +17,7 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, LDMPipeline, UNet2DModel
+from diffusers import AutoencoderDC, LDMPipeline, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
 from .autoencoder import decode_latents
@@ -455,7 +455,7 @@ def calibrate_rejection(
 # %% ../nbs/library/15_sampling.ipynb #6fcb4f36
 def synthesize_patches(
     unet:UNet2DModel,
-    autoencoder:AutoencoderKL,
+    autoencoder:AutoencoderDC,
     labels:np.ndarray, # (N,) target class of each patch
     guidance:Guidance|None=None, # None: the network as it is
     scheduler="ddim", # a key of SCHEDULERS, or a scheduler, which knows ε from v
@@ -474,7 +474,7 @@ def synthesize_patches(
 # %% ../nbs/library/15_sampling.ipynb #f5b01eb4
 def save_pipeline(
     folder, # where to
-    autoencoder:AutoencoderKL,
+    autoencoder:AutoencoderDC,
     unet:UNet2DModel,
     classifier:LatentClassifier|None=None, # kept in `classifier/`
     schedule=None, # the forward process of training; None: `noise_schedule()`
@@ -493,4 +493,4 @@ def load_pipeline(
     folder = Path(folder)
     if not (folder/"model_index.json").exists(): raise HistoDiffusionError(f"{folder} holds no saved pipeline: run its stage first.")
     classifier = LatentClassifier.from_pretrained(folder/"classifier") if (folder/"classifier").exists() else None
-    return AutoencoderKL.from_pretrained(folder/"vqvae"), UNet2DModel.from_pretrained(folder/"unet"), classifier
+    return AutoencoderDC.from_pretrained(folder/"vqvae"), UNet2DModel.from_pretrained(folder/"unet"), classifier

@@ -9,7 +9,8 @@ from histodiffusion.autoencoder import (
     AutoencoderLoss,
     build_autoencoder,
     encode_patches,
-    fold_statistics,
+    fold_deviation,
+    marginal_divergence,
     psnr,
     reconstruct,
     reconstruction_quality,
@@ -24,7 +25,7 @@ from histodiffusion.phantom import phantom_patches
 from histodiffusion.runs import Run
 from histodiffusion.training import FitConfig
 
-WIDTHS = (16, 16, 32)
+SIZES = dict(widths=(16, 32), latent_channels=4, layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def tissue():
 @pytest.fixture
 def network():
     torch.manual_seed(0)
-    return build_autoencoder(3, WIDTHS).eval()
+    return build_autoencoder(3, **SIZES).eval()
 
 
 def short(steps, **knobs):
@@ -44,7 +45,7 @@ def short(steps, **knobs):
 
 
 def train(images, steps=10, folder=None, **knobs):
-    return train_autoencoder(images, WIDTHS, loss=dict(batch=2, crop=16, perceptual="none"), folder=folder,
+    return train_autoencoder(images, **SIZES, loss=dict(batch=2, crop=16, perceptual="none"), folder=folder,
                              config=short(steps, checkpoint_seconds=0), **knobs)
 
 
@@ -97,15 +98,28 @@ def test_quantiles_are_those_of_single_patches(tissue, network):
     assert [quality[f"psnr_p{q}"] for q in ("05", "50", "95")] == pytest.approx(np.sort(each)[[1, 8, 16]].tolist())
 
 
-def test_folded_statistics_keep_the_pictures(tissue, network):
+def test_a_folded_deviation_keeps_the_pictures(tissue, network):
     before = reconstruct(network, tissue)
-    z = encode_patches(network, tissue)[0].float()
-    fold_statistics(network.cpu(), z.mean((0, 2, 3)), z.std((0, 2, 3)))
+    z = encode_patches(network, tissue).float()
+    fold_deviation(network.cpu(), z.std((0, 2, 3)))
     after = reconstruct(network, tissue)
     assert psnr(tissue, after) == pytest.approx(psnr(tissue, before), abs=.01)
     assert psnr(before, after) > 55
-    z = encode_patches(network, tissue)[0].float()
-    assert torch.allclose(z.std((0, 2, 3)), torch.ones(4), atol=.01) and z.mean((0, 2, 3)).abs().max() < .01
+    assert torch.allclose(encode_patches(network, tissue).float().std((0, 2, 3)), torch.ones(4), atol=.01)
+
+
+def test_training_brings_latents_to_mean_zero_and_deviation_one(tissue):
+    loss = dict(batch=8, crop=32, perceptual="none")
+    free, held = (train_autoencoder(tissue, **SIZES, loss=loss | dict(kl_weight=w), config=short(80)).model for w in (0., .1))
+    free, held = (encode_patches(m, tissue).float().mean((0, 2, 3)).abs().max() for m in (free, held))
+    assert held < .2 and held < free/2
+
+
+def test_the_divergence_is_that_of_gaussians():
+    z = torch.randn(64, 3, 32, 32)*torch.tensor([.5, 1., 3.])[:, None, None] + torch.tensor([0., 2., -1.])[:, None, None]
+    normal = torch.distributions.Normal
+    each = [torch.distributions.kl_divergence(normal(m, s), normal(0., 1.)) for m, s in ((0., .5), (2., 1.), (-1., 3.))]
+    assert float(marginal_divergence(z)) == pytest.approx(float(sum(each))/3, rel=.02)
 
 
 @pytest.mark.parametrize("start", [.3, .6])
@@ -143,23 +157,20 @@ def test_a_run_stopped_in_either_part_ends_as_if_it_had_not_been(tissue, tmp_pat
 def test_latents_do_not_depend_on_the_batch_and_are_those_of_encode(tissue, network):
     device = next(network.parameters()).device
     with torch.no_grad():
-        posterior = network.encode(images_to_tensor(tissue).to(device)).latent_dist
+        z = network.encode(images_to_tensor(tissue).to(device)).latent.cpu()
     for size in (5, 64):
-        mean, std = encode_patches(network, tissue, size)
-        assert torch.allclose(mean.float(), posterior.mean.cpu(), atol=2e-3)
-        assert torch.allclose(std.float(), posterior.std.cpu(), atol=2e-3)
+        assert torch.allclose(encode_patches(network, tissue, size).float(), z, atol=2e-3)
 
 
 def test_the_cache_holds_the_latents_of_the_pool(tmp_path, monkeypatch):
     monkeypatch.setenv("HISTODIFFUSION_RESULTS_PATH", str(tmp_path/"results"))
-    tiny = dict(image_size=32, pretrain_patches=60, autoencoder_channels=[8, 16, 16], autoencoder_steps=3, perceptual_weight=0.,
+    tiny = dict(image_size=32, pretrain_patches=60, autoencoder_channels=[8, 16], autoencoder_steps=3, perceptual_weight=0.,
                 unet_channels=[16, 32], diffusion_steps=2, diffusion_batch=4)
     run = Run("smoke", "phantom:target:90", ["phantom:kyoto:90"], overrides=tiny)
     for make in (stages.pretraining_data, stages.autoencoder, stages.diffusion):
         make(run)
     cache = load_tensors(run.folder("diffusion")/"latents.safetensors")
-    mean, std = encode_patches(stages.load_autoencoder(run), stages.read_pool(run))
-    assert torch.equal(cache["mean"], mean) and torch.equal(cache["std"], std)
+    assert torch.equal(cache["latents"], encode_patches(stages.load_autoencoder(run), stages.read_pool(run)))
 
 
 def test_an_unknown_perceptual_distance_is_named(tissue):

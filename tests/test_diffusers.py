@@ -13,11 +13,11 @@ from histodiffusion.sampling import save_pipeline
 
 PLAIN = """
 import json, sys, torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel
+from diffusers import AutoencoderDC, DiffusionPipeline, UNet2DModel
 folder = sys.argv[1]
 pipe = DiffusionPipeline.from_pretrained(folder)
 image = pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
-unet, vae = UNet2DModel.from_pretrained(folder, subfolder="unet"), AutoencoderKL.from_pretrained(folder, subfolder="vqvae")
+unet, vae = UNet2DModel.from_pretrained(folder, subfolder="unet"), AutoencoderDC.from_pretrained(folder, subfolder="vqvae")
 print(json.dumps(dict(pipe=type(pipe).__name__, size=image.size, mode=image.mode, scale=vae.config.scaling_factor,
                       unet=float(sum(p.double().abs().sum() for p in unet.parameters())),
                       ours=any(m.startswith("histodiffusion.") for m in sys.modules))))
@@ -28,7 +28,7 @@ def test_plain_diffusers_loads_and_samples(tmp_path):
     torch.manual_seed(0)
     unet = build_unet(8, widths=(16, 32), attention=(False, True))
     guide = LatentClassifier(3, 8, widths=(16, 32), attention=(False, True))
-    save_pipeline(tmp_path, build_autoencoder(1, (16, 16, 16)), unet, guide)
+    save_pipeline(tmp_path, build_autoencoder(1, (16, 16), 4, 1), unet, guide)
     done = subprocess.run([sys.executable, "-c", PLAIN, str(tmp_path)], capture_output=True, text=True, check=True, cwd=tmp_path)
     seen = json.loads(done.stdout.splitlines()[-1])
     weights = float(sum(p.detach().double().abs().sum() for p in unet.parameters()))
@@ -39,6 +39,6 @@ def test_plain_diffusers_loads_and_samples(tmp_path):
 
 def test_nothing_saved_is_a_pickle(tmp_path):
     unet = build_unet(8, widths=(16, 32), attention=(False, True))
-    save_pipeline(tmp_path, build_autoencoder(1, (16, 16, 16)), unet)
+    save_pipeline(tmp_path, build_autoencoder(1, (16, 16), 4, 1), unet)
     suffixes = {p.suffix for p in tmp_path.rglob("*") if p.is_file()}
     assert suffixes == {".json", ".safetensors"}
