@@ -9,15 +9,16 @@ from histodiffusion import __version__
 from histodiffusion.core import HistoDiffusionError, load_settings, read_json
 
 COMMANDS = {
-    "reproduce": "make Table 1 and Figure 2, and every stage they need, by executing the notebooks",
+    "reproduce": "make every table and figure, and every stage they need, by executing the notebooks",
     "data": "show the labelled set, its splits and the pre-training sets; list, fetch, verify, describe or audit sets",
     "pretrain": "train autoencoder and diffusion prior on unlabelled patches",
     "adapt": "fine-tune the prior and train the latent classifier on the few labelled patches",
     "synthesize": "sample patches class by class with classifier guidance",
     "select": "keep the synthetic patches that match their class",
     "augment": "train the backbone on real + synthetic patches and measure it on test patches",
-    "evaluate": "put all seeds together: Table 1 and Figure 2",
-    "ablate": "try each choice in sampling by itself, and measure what it is worth",
+    "baselines": "train what HistoDiffusion is compared with, and measure the patches of all methods",
+    "evaluate": "put all seeds together: tables, figures and the audit of the synthetic patches",
+    "ablate": "try each choice by itself, and measure what it is worth",
 }
 NAMED = ("fetch", "verify", "describe")  # actions of `data` on one set of the registry
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DPI', 'FULL_WIDTH', 'COLUMN_WIDTH', 'figure_style', 'save_figure', 'montage', 'show_patches', 'figure_2',
            'contact_sheet', 'plot_reconstructions', 'plot_history', 'plot_gain', 'plot_selection',
-           'plot_noise_accuracy', 'plot_ablation', 'plot_adaptation']
+           'plot_noise_accuracy', 'plot_ablation', 'plot_adaptation', 'plot_variants', 'plot_pairs', 'plot_calibration',
+           'plot_class_gain', 'plot_feature_map', 'method_diagram']
 
 # %% ../nbs/library/20_figures.ipynb #3c0fe183
 import contextlib
@@ -277,6 +278,13 @@ def plot_noise_accuracy(
     return fig
 
 # %% ../nbs/library/20_figures.ipynb #710bb625
+def _log_ticks(ax, values):
+    "A logarithmic axis with a tick at each value, or at few of many."
+    values = sorted(set(values))
+    ax.set_xscale("log")
+    ax.set_xticks(values[::max(1, len(values)//5)], [f"{v:g}" for v in values[::max(1, len(values)//5)]])
+    ax.set_xticks([], minor=True)
+
 def _scale_panels(axes, table, distance):
     "Class accuracy and distance against guidance scale, with and without knowledge of the noise."
     part = table[table.axis == "guidance scale"]
@@ -292,7 +300,8 @@ def _sampler_panel(ax, table, distance):
     part = table[table.axis == "sampler"]
     for (name, rows), marker in zip(part.groupby("scheduler", sort=False), "osD^vP"):
         ax.plot(rows.evaluations_per_patch, rows[distance], marker=marker, ms=4, lw=1.2, label=name)
-    ax.set(xlabel="network evaluations per patch", xscale="log")
+    ax.set(xlabel="network evaluations per patch")
+    _log_ticks(ax, (5, 10, 25, 50, 100, 200) if part.evaluations_per_patch.max() > 50 else part.evaluations_per_patch.round())
     ax.legend(ncols=2, handlelength=1.2, columnspacing=.8)
 
 def _bar_panel(ax, table, axis, column, labels):
@@ -345,7 +354,146 @@ def plot_adaptation(
                 ax.plot(rows.labels, y, marker=marker, ms=4, lw=1.4, label=name.replace("_", " "))
         axes[2].axhline(1, color=".3", lw=1, ls="--")
         for ax, y in zip(axes, ("class accuracy (referee)", f"KID-{encoder.replace('_', ' ')}", "near copies, %")):
-            ax.set(xlabel="labelled patches", ylabel=y, xscale="log")
+            ax.set(xlabel="labelled patches", ylabel=y)
+            _log_ticks(ax, table.labels)
         axes[0].set_ylim(0, 1.02)
         axes[0].legend()
+    return fig
+
+# %% ../nbs/library/20_figures.ipynb #68312f6f
+_CURVES = {"real": "o", "standard_augmentation": "s", "histodiffusion_random": "D", "histodiffusion_selected": "^"}
+
+def _variant_panel(ax, part, palette):
+    "Accuracy of each method along one axis."
+    values = list(dict.fromkeys(part.value))
+    numeric = pd.api.types.is_number(values[0])
+    place = {v: v if numeric else i for i, v in enumerate(values)}
+    real = part[part.method == "real"].groupby("value").accuracy_mean.first()
+    for (method, marker), colour in zip(_CURVES.items(), palette):
+        rows = part[part.method == method].assign(x=lambda d: [place[v] for v in d.value]).sort_values("x")
+        if rows.empty: continue
+        ax.plot(rows.x, 100*rows.accuracy_mean, marker=marker, ms=4, lw=1.4 if numeric else 0, color=colour, label=method.replace("_", " "))
+        if method == "histodiffusion_selected":
+            low, high = (100*(real.loc[rows.value].to_numpy() + rows[f"gain_ci_{end}"].to_numpy()) for end in ("low", "high"))
+            if numeric: ax.fill_between(rows.x, low, high, color=colour, alpha=.15, lw=0)
+            else: ax.vlines(rows.x, low, high, color=colour, lw=1.2)
+    if numeric and min(values) > 0 and max(values) >= 8*min(values): _log_ticks(ax, values)
+    if not numeric: ax.set(xticks=range(len(values)), xticklabels=[textwrap.fill(str(v).replace("_", " "), 12) for v in values])
+    ax.margins(x=.12 if not numeric else .05)
+
+def plot_variants(
+    table:pd.DataFrame, # columns axis, value and those of Table 1
+) -> Figure:
+    "Accuracy of each method against what was varied, a panel for each axis."
+    missing = [c for c in ("axis", "value", "method", "accuracy_mean", "gain_ci_low", "gain_ci_high") if c not in table]
+    if missing: raise HistoDiffusionError(f"The table lacks '{missing[0]}': make it with one of the stages ablation_*.")
+    axes_of = list(dict.fromkeys(table.axis))
+    with figure_style():
+        fig, axes = plt.subplots(1, len(axes_of), figsize=(min(FULL_WIDTH, COLUMN_WIDTH*len(axes_of)), 3), squeeze=False)
+        for ax, name in zip(axes[0], axes_of):
+            _variant_panel(ax, table[table.axis == name].infer_objects(), sns.color_palette())
+            ax.set(xlabel=name)
+        axes[0, 0].set(ylabel="accuracy on test patches, %")
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4 if len(axes_of) > 1 else 2)
+    return fig
+
+# %% ../nbs/library/20_figures.ipynb #d584bd33
+def plot_pairs(
+    synthetic:np.ndarray, # (N, H, W, C) uint8
+    neighbours:np.ndarray, # (N, H, W, C) uint8, the nearest real patch of each
+    distances, # (N,) between them
+) -> Figure:
+    "Synthetic patches above their nearest real neighbours."
+    if not len(synthetic) == len(neighbours) == len(distances) > 0:
+        raise HistoDiffusionError(f"{len(synthetic)} patches, {len(neighbours)} neighbours, {len(distances)} distances: give as many of each.")
+    n = len(synthetic)
+    with figure_style():
+        fig, axes = plt.subplots(2, n, figsize=(FULL_WIDTH, 2*FULL_WIDTH/max(n, 4) + .5), squeeze=False)
+        for row, (name, pictures) in zip(axes, (("synthetic", synthetic), ("nearest real", neighbours))):
+            for ax, picture in zip(row, pictures):
+                ax.imshow(picture.squeeze(), cmap="gray" if picture.shape[-1] == 1 else None, vmin=0, vmax=255, interpolation="nearest")
+                ax.set(xticks=[], yticks=[])
+                for s in ax.spines.values(): s.set_visible(False)
+            row[0].set_ylabel(name)
+        for ax, d in zip(axes[1], distances): ax.set_xlabel(f"{d:.2f}")
+    return fig
+
+# %% ../nbs/library/20_figures.ipynb #8832dc5e
+def plot_calibration(
+    bins:pd.DataFrame, # method, confidence, accuracy, share: a row for each bin of confidence
+) -> Figure:
+    "Accuracy against confidence of each method."
+    with figure_style():
+        fig, (ax, low) = plt.subplots(2, 1, figsize=(COLUMN_WIDTH, 4), height_ratios=(3, 1), sharex=True)
+        ax.plot([0, 1], [0, 1], color=".3", lw=1, ls="--")
+        for (method, rows), marker, colour in zip(bins.groupby("method", sort=False), "osD^vP", sns.color_palette()):
+            ax.plot(rows.confidence, rows.accuracy, marker=marker, ms=4, lw=1.4, color=colour, label=method.replace("_", " "))
+            low.plot(rows.confidence, 100*rows.share, marker=marker, ms=3, lw=1, color=colour)
+        ax.set(ylabel="accuracy", ylim=(0, 1.02))
+        low.set(xlabel="confidence", ylabel="patches, %", xlim=(0, 1.02), ylim=(0, None))
+        ax.legend()
+    return fig
+
+def plot_class_gain(
+    table:pd.DataFrame, # class, gain, gain_ci_low, gain_ci_high: recall of a method minus that of `real`, fractions of 1
+    confusion:np.ndarray, # (K, K) change of the confusion matrix, rows true classes, shares of a class
+) -> Figure:
+    "Which classes gain and lose, and what they are now mistaken for."
+    names, k = list(table["class"]), len(table)
+    with figure_style():
+        fig, (ax, heat) = plt.subplots(1, 2, figsize=(FULL_WIDTH, 1.2 + .25*k), width_ratios=(1, 1.25))
+        y = np.arange(k)
+        ax.hlines(y, 100*table.gain_ci_low, 100*table.gain_ci_high, color=sns.color_palette()[0], lw=1.8)
+        ax.plot(100*table.gain, y, "o", ms=5)
+        ax.axvline(0, color=".3", lw=1, ls="--")
+        ax.set(yticks=y, yticklabels=names, ylim=(k - .5, -.5), xlabel="gain in recall, percentage points")
+        ax.grid(axis="y", visible=False)
+        most = max(1, 100*np.abs(confusion).max())
+        sns.heatmap(100*confusion, ax=heat, cmap="PuOr", center=0, vmin=-most, vmax=most, annot=True, fmt=".0f",
+                    annot_kws=dict(size=6.5), cbar=False, xticklabels=names, yticklabels=False, linewidths=.5)
+        heat.set(xlabel="predicted; change in points")
+        heat.tick_params(axis="x", rotation=45)
+    return fig
+
+# %% ../nbs/library/20_figures.ipynb #0b3eb5d4
+def plot_feature_map(
+    points:np.ndarray, # (N, 2)
+    labels:np.ndarray, # (N,) 0..K-1
+    synthetic:np.ndarray, # (N,) bool
+    classes:tuple, # K class names
+) -> Figure:
+    "Real patches as dots, synthetic ones as crosses, coloured by class."
+    with figure_style():
+        fig, ax = plt.subplots(figsize=(FULL_WIDTH*.8, FULL_WIDTH*.55))
+        for k, colour in zip(range(len(classes)), sns.color_palette("colorblind", len(classes))):
+            for kind, look in ((False, dict(marker="o", s=9, lw=0, alpha=.6)), (True, dict(marker="x", s=16, lw=.9))):
+                mine = points[(labels == k) & (synthetic == kind)]
+                ax.scatter(*mine.T, color=colour, label=None if kind else classes[k], **look)
+        ax.scatter([], [], color=".3", marker="x", s=16, lw=.9, label="synthetic")
+        ax.set(xticks=[], yticks=[])
+        ax.grid(visible=False)
+        ax.legend(loc="center left", bbox_to_anchor=(1, .5), markerscale=1.5)
+    return fig
+
+# %% ../nbs/library/20_figures.ipynb #a85ddb82
+def method_diagram() -> Figure:
+    "Boxes and arrows: from unlabelled patches to the backbone."
+    boxes = {  # name: (x, y, colour of the palette)
+        "unlabelled\npatches": (0, 2.1, 7), "autoencoder\nz = E(x)": (1.1, 2.1, 0), "diffusion prior\nε(z, t)": (2.2, 2.1, 0),
+        "few labelled\npatches": (0, 0, 7), "latent classifier\np(y | z, t)": (1.1, 1.2, 1), "adapted prior": (2.2, .75, 1),
+        "guided\nsampling": (3.2, 1.3, 2), "selection": (4.1, 1.3, 2), "backbone\nreal + synthetic": (4.1, 0, 3)}
+    arrows = [(0, 1), (1, 2), (2, 5), (3, 4), (3, 5), (4, 6), (5, 6), (6, 7), (7, 8), (3, 8)]
+    with figure_style():
+        fig, ax = plt.subplots(figsize=(FULL_WIDTH, 2.9))
+        ax.set(xlim=(-.45, 4.65), ylim=(-.55, 2.75))
+        shades = sns.color_palette("pastel")
+        texts = [ax.text(x, y, name, ha="center", va="center", fontsize=8.5, zorder=3,
+                         bbox=dict(boxstyle="round,pad=.5", fc=shades[colour], ec=".35", lw=.8)) for name, (x, y, colour) in boxes.items()]
+        fig.canvas.draw()  # boxes get their sizes
+        for a, b in arrows:
+            ends = dict(patchA=texts[a].get_bbox_patch(), patchB=texts[b].get_bbox_patch())
+            ax.annotate("", texts[b].get_position(), texts[a].get_position(),
+                        arrowprops=dict(arrowstyle="-|>", color=".35", lw=1, shrinkA=1, shrinkB=1, **ends), zorder=1)
+        for y, words in ((2.6, "without labels"), (-.5, "with few labels")): ax.text(-.4, y, words, fontsize=8, color=".35", style="italic")
+        ax.axis("off")
     return fig

@@ -65,7 +65,7 @@ class TargetKnobs:
     guidance_interval: tuple = (0, 1000) # times t at which guidance acts, from (inclusive) .. to (exclusive)
     samples_per_class: int = 20 # patches generated for each class
     selection_rule: str = "both" # 'centroid', 'confidence', 'both' or 'random'
-    selection_threshold: float = .5 # least probability of the target class, 0..1
+    selection_threshold: float = .5 # least probability of the target class, 0 < p <= 1
     selection_diversity: float = 0. # least distance between kept patches, share of the real ones' spacing; 0: any
     backbone: str = "test_resnet" # timm's name of the downstream classifier; test_resnet is its small residual network of 0.4 M weights
     backbone_steps: int = 80 # optimiser steps
@@ -171,8 +171,7 @@ def _check(p):
     "Refuse values that no run can use."
     downs = len(p.autoencoder_channels) + len(p.unet_channels) - 1
     zero = ("perceptual_weight", "selection_diversity", "critic_weight", "critic_start", "kl_weight", "min_snr_gamma",
-            "finetune_steps", "eta", "guidance_scale",
-            "selection_threshold")
+            "finetune_steps", "eta", "guidance_scale")
     low = [k for k, v in p.knobs().items() if type(v) in (int, float) and (v < 0 or v == 0 and k not in zero)]
     problems = {
         f"{', '.join(low)} must be greater than 0": low,

@@ -7,7 +7,7 @@ __all__ = ['Job', 'plan', 'work', 'estimate', 'duration', 'describe_plan', 'exec
            'snakemake_command', 'reproduce', 'main']
 
 # %% ../nbs/library/27_reproduce.ipynb #ba9fc96c
-import contextlib, json, math, os, shlex, shutil, signal, subprocess, sys, tempfile, time
+import contextlib, csv, json, math, os, shlex, shutil, signal, subprocess, sys, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +81,15 @@ def _count(spec):
     return len(files), len({p.parent for p in files})
 
 # %% ../nbs/library/27_reproduce.ipynb #463a45b6
+def _variants(k, seconds, more):
+    "Seconds of the ablations whose variants are runs of their own, from those of one run."
+    chain = sum(seconds[s] for s in ("adapt", "synthesize", "real_only", "augment"))
+    seeds, prior = len(k.seeds), seconds["autoencoder"] + seconds["diffusion"]
+    return dict(ablation_labels=seeds*len(k.ablation_labels)*chain, ablation_ratio=seeds*(more + seconds["augment"]),
+                ablation_pretraining=(len(k.ablation_pools) + len(k.ablation_sets))*(prior + seeds*chain),
+                ablation_selection=seeds*(2 + len(k.ablation_thresholds))*seconds["augment"],
+                ablation_backbone=seeds*len(k.ablation_backbones)*5*(seconds["real_only"] + seconds["augment"]))
+
 def work(
     knobs:dict, # knobs of a profile
     patches:int, # of the labelled set
@@ -89,9 +98,9 @@ def work(
     "Rough time and space of each stage on two cores."
     k = get_profile(**knobs)
     side = k.image_size//2**len(k.autoencoder_channels)
-    (ae, ae_size), (unet, unet_size) = (_network(k.autoencoder_channels, k.autoencoder_layers, k.autoencoder_crop),
+    (ae, ae_size), (unet, unet_size) = (_network(k.autoencoder_channels, k.autoencoder_layers, k.autoencoder_crop/2),
                                         _network(k.unet_channels, k.unet_layers, side))
-    ae, unet, area = 1.0e-8*ae, 5.5e-9*unet, (k.image_size/64)**2  # seconds to train on one crop, one latent
+    ae, unet, area = 5.0e-9*ae, 5.5e-9*unet, (k.image_size/64)**2  # seconds to train on one crop, one latent
     whole = ae*(k.image_size/k.autoencoder_crop)**2/3  # to encode or decode a patch
     training = k.backbone_steps*k.backbone_batch*.003*area
     new = k.samples_per_class*classes
@@ -100,16 +109,20 @@ def work(
     runs = 2*len(k.ablation_fractions) + 1  # fine-tunings
     many = (unet*(k.diffusion_batch*runs*k.ablation_finetune_steps + k.classifier_batch*len(k.ablation_fractions)*k.classifier_steps)
             + .8*unet*4*len(k.ablation_fractions)*k.sampler_steps*k.ablation_per_class*classes)
-    return dict(pretraining_data=(1e-3*area*k.pretrain_patches, 3*k.image_size**2*k.pretrain_patches),
-                target_data=(1e-3*area*patches, 3*k.image_size**2*patches),
-                autoencoder=(ae*k.autoencoder_batch*k.autoencoder_steps + whole*k.pretrain_patches,
-                             16*ae_size + latents),
-                diffusion=(unet*k.diffusion_batch*k.diffusion_steps, 16*unet_size),
-                adapt=(unet*(k.diffusion_batch*k.finetune_steps + k.classifier_batch*k.classifier_steps), 24*unet_size),
-                synthesize=(2*new*(.8*unet*k.sampler_steps + whole), 6*k.image_size**2*new),
-                select=(training, 2e7), augment=(4*training, 8e7), table_1=(5, 1e5), figure_2=(10, 3e6),
-                referee=(training, 2e6), sampling_grid=(.8*unet*grid*k.ablation_per_class*classes, 1e6),
-                ablation_sampling=(5, 1e5), adaptation_grid=(many, 2e7*len(k.ablation_fractions)), ablation_adaptation=(5, 1e5))
+    draw = lambda n: n*(.8*unet*k.sampler_steps + whole)
+    told = unet*k.diffusion_batch*k.told_steps
+    seconds = dict(
+        pretraining_data=1e-3*area*k.pretrain_patches, target_data=1e-3*area*patches,
+        autoencoder=ae*k.autoencoder_batch*k.autoencoder_steps + whole*k.pretrain_patches, diffusion=unet*k.diffusion_batch*k.diffusion_steps,
+        adapt=unet*(k.diffusion_batch*k.finetune_steps + k.classifier_batch*k.classifier_steps), synthesize=draw(1.25*new),
+        real_only=3*training, select=10, augment=2*len({*k.ratios, k.ratio})*training,
+        baselines=2*told + 2*draw(new) + .1*area*k.gan_steps, compare=3*training + 10*training*area, quality=6*training, referee=training,
+        sampling_grid=.8*unet*grid*k.ablation_per_class*classes, adaptation_grid=many)
+    seconds |= _variants(k, seconds, draw(2*new))
+    size = dict(pretraining_data=3*k.image_size**2*k.pretrain_patches, target_data=3*k.image_size**2*patches, autoencoder=16*ae_size + latents,
+                diffusion=16*unet_size, adapt=24*unet_size, synthesize=6*k.image_size**2*new, baselines=9*k.image_size**2*new + 40*unet_size,
+                adaptation_grid=2e7*len(k.ablation_fractions))
+    return {s: (seconds.get(s, 8), size.get(s, 1e6)) for s in STAGES}
 
 # %% ../nbs/library/27_reproduce.ipynb #d13f6291
 def _pace(counts):
@@ -285,7 +298,7 @@ def reproduce(
     dry_run:bool=False, # only say what would be done
     force:bool=False, # make everything anew, the shared prior included
 ) -> int: # exit code: 0 done, 1 failed, 2 something that the user can put right
-    "Make Table 1 and Figure 2 of a run, and nothing that is there already."
+    "Make all tables and figures of a run, and nothing that is there already."
     if seeds: run = Run(**run.parameters | dict(overrides=run.overrides | dict(seeds=list(seeds))))
     if dry_run:
         print(describe_plan(run))
@@ -303,8 +316,12 @@ def _show(run):
     "Say where the results lie, and print the table."
     missing = [s for s in RESULTS if not run.done(s)]
     if missing: raise HistoDiffusionError(f"{missing[0]} was not made: look into {_path(run.results/'notebooks')}.")
-    print((run.results/"table_1.md").read_text(encoding="utf-8").strip())
-    print(f"\nTable 1   {_path(run.results/'table_1.csv')}\nFigure 2  {_path(run.figures/'figure_2.svg')}")
+    with open(run.results/"table_1.csv", newline="", encoding="utf-8") as f: rows = list(csv.DictReader(f))
+    print(f"\n{'method':<34} ratio  accuracy   gain over real, points (95 %)")
+    for r in rows:
+        mean, low, high = (f"{100*float(r[f'gain_{k}'] or 'nan'):.1f}" for k in ("mean", "ci_low", "ci_high"))
+        print(f"{r['method']:<34} {float(r['ratio']):>4.0%}  {float(r['accuracy_mean']):>8.1%}   {mean:>5} ({low} to {high})")
+    print(f"\ntables   {_path(run.results)}\nfigures  {_path(run.figures)}")
     return 0
 
 # %% ../nbs/library/27_reproduce.ipynb #e0b3a916

@@ -25,7 +25,6 @@ class FitConfig:
     steps: int # optimiser steps, >= 1
     learning_rate: float = 1e-3 # peak, per step
     weight_decay: float = 0. # decoupled (AdamW)
-    betas: tuple = (.9, .999) # decay of AdamW's first and second moments
     warmup: int = 0 # steps of linear warm-up
     schedule: str = "cosine" # 'cosine' to zero or 'constant'
     ema_half_life: float = .05 # half-life of the weight average, share of all steps; 0: none
@@ -35,6 +34,7 @@ class FitConfig:
     seed: int = 0 # of batches, noise and dropout
     checkpoint_seconds: float = 60. # time between checkpoints
     log_every: int = 10 # steps between rows of the history
+    betas: tuple = (.9, .999) # decay of AdamW's first and second moments
 
 @dataclass
 class Fit:
