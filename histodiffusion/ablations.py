@@ -20,7 +20,7 @@ from diffusers import UNet2DModel
 from fastcore.basics import patch
 
 from .autoencoder import decode_latents, encode_patches
-from .core import derive_seed, hash_object, load_tensors, progress, read_json, save_tensors, write_json
+from .core import derive_seed, hash_object, progress, read_json, write_json
 from .datasets import labelled_fraction
 from .diffusion import LatentSampler, noise_schedule, train_diffusion
 from .evaluation import Yardstick, read_hits, referee

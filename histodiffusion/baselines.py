@@ -228,7 +228,8 @@ def linear_probe(
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    model, folds = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)), int(min(5, np.bincount(labels)[np.unique(labels)].min()))
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
+    folds = int(min(5, np.unique(labels, return_counts=True)[1].min()))
     if folds > 1:
         grid = dict(logisticregression__C=np.logspace(-4, 1, 6))
         model = GridSearchCV(model, grid, scoring="neg_log_loss", cv=StratifiedKFold(folds, shuffle=True, random_state=seed))

@@ -268,19 +268,20 @@ def table_3(
 ):
     "Write Table 3: what each stage costs."
     made, work = {}, stage_work(run.knobs, len(read_split(run.inputs("table_3")[0][1], "train").classes))
-    def visit(stage, r):
-        if (path := provenance_path(r, stage)) in made: return
-        made[path] = stage
-        for upstream, s in r.inputs(stage): visit(upstream, s)
-    for stage, r in run.inputs("table_3"): visit(stage, r)
+    def visit(name, r):
+        if (path := provenance_path(r, name)) in made: return
+        made[path] = name
+        for upstream, s in r.inputs(name): visit(upstream, s)
+    for name, r in run.inputs("table_3"): visit(name, r)
     records, rows = [read_json(p) for p in made], []
-    for stage in [s for s in STAGES if s in made.values()]:
-        mine = [r for r in records if r["stage"] == stage]
-        steps, images = work.get(stage, (0, float("nan")))
+    for name in [s for s in STAGES if s in made.values()]:
+        mine = [r for r in records if r["stage"] == name]
+        steps, images = work.get(name, (0, float("nan")))
         seconds = [r["seconds"] for r in mine]
         memory = [max(v for v in r.get("peak_memory_mib", {}).values() if v) for r in mine if r.get("peak_memory_mib")]
-        rows.append(dict(stage=stage, what=STAGES[stage].what, runs=len(mine), steps=steps, images=images, seconds_mean=np.mean(seconds),
-                         seconds_sum=np.sum(seconds), peak_memory_mib=max(memory, default=float("nan")), device=mine[0]["machine"]["device"]))
+        rows.append(dict(stage=name, what=STAGES[name].what, runs=len(mine), steps=steps, images=images, seconds_mean=np.mean(seconds),
+                         seconds_sum=np.sum(seconds), peak_memory_mib=max(memory, default=float("nan")),
+                         device=mine[0]["machine"]["device"]))
     write_table(pd.DataFrame(rows), run.results/"table_3",
                 "Cost of each stage: optimiser steps, images or latents that they see or draw, wall seconds of one run and of all seeds.")
 
@@ -374,7 +375,8 @@ def audit(
     images, targets = chosen_patches(first)
     runs = [r for s, r in run.inputs("audit") if s == "augment"]
     names = {m: f"{m}-{ratio if m.startswith('histo') else 0}" for m in AUDITED}
-    posteriors = {m: [load_tensors(r.folder("augment")/f"{n}.safetensors")["probabilities"].numpy() for r in runs] for m, n in names.items()}
+    read = lambda r, n: load_tensors(r.folder("augment")/f"{n}.safetensors")["probabilities"].numpy()
+    posteriors = {m: [read(r, n) for r in runs] for m, n in names.items()}
     bins = pd.concat([calibration_bins(np.tile(test.labels, len(p)), np.concatenate(p)).assign(method=m) for m, p in posteriors.items()])
     write_table(bins[["method", "confidence", "accuracy", "share"]], run.results/"calibration", "Accuracy by confidence, all seeds.")
     save_figure(plot_calibration(bins), run.figures/"calibration")

@@ -405,7 +405,7 @@ def plot_pairs(
 ) -> Figure:
     "Synthetic patches above their nearest real neighbours."
     if not len(synthetic) == len(neighbours) == len(distances) > 0:
-        raise HistoDiffusionError(f"{len(synthetic)} patches, {len(neighbours)} neighbours, {len(distances)} distances: give as many of each.")
+        raise HistoDiffusionError(f"{len(synthetic)} patches, {len(neighbours)} neighbours, {len(distances)} distances: give one each.")
     n = len(synthetic)
     with figure_style():
         fig, axes = plt.subplots(2, n, figsize=(FULL_WIDTH, 2*FULL_WIDTH/max(n, 4) + .5), squeeze=False)

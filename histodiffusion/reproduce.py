@@ -113,14 +113,16 @@ def work(
     told = unet*k.diffusion_batch*k.told_steps
     seconds = dict(
         pretraining_data=1e-3*area*k.pretrain_patches, target_data=1e-3*area*patches,
-        autoencoder=ae*k.autoencoder_batch*k.autoencoder_steps + whole*k.pretrain_patches, diffusion=unet*k.diffusion_batch*k.diffusion_steps,
+        autoencoder=ae*k.autoencoder_batch*k.autoencoder_steps + whole*k.pretrain_patches,
+        diffusion=unet*k.diffusion_batch*k.diffusion_steps,
         adapt=unet*(k.diffusion_batch*k.finetune_steps + k.classifier_batch*k.classifier_steps), synthesize=draw(1.25*new),
         real_only=3*training, select=10, augment=2*len({*k.ratios, k.ratio})*training,
         baselines=2*told + 2*draw(new) + .1*area*k.gan_steps, compare=3*training + 10*training*area, quality=6*training, referee=training,
         sampling_grid=.8*unet*grid*k.ablation_per_class*classes, adaptation_grid=many)
     seconds |= _variants(k, seconds, draw(2*new))
-    size = dict(pretraining_data=3*k.image_size**2*k.pretrain_patches, target_data=3*k.image_size**2*patches, autoencoder=16*ae_size + latents,
-                diffusion=16*unet_size, adapt=24*unet_size, synthesize=6*k.image_size**2*new, baselines=9*k.image_size**2*new + 40*unet_size,
+    patch = 3*k.image_size**2
+    size = dict(pretraining_data=patch*k.pretrain_patches, target_data=patch*patches, autoencoder=16*ae_size + latents,
+                diffusion=16*unet_size, adapt=24*unet_size, synthesize=2*patch*new, baselines=3*patch*new + 40*unet_size,
                 adaptation_grid=2e7*len(k.ablation_fractions))
     return {s: (seconds.get(s, 8), size.get(s, 1e6)) for s in STAGES}
 
