@@ -6,7 +6,7 @@
 __all__ = ['DPI', 'FULL_WIDTH', 'COLUMN_WIDTH', 'figure_style', 'save_figure', 'montage', 'show_patches', 'figure_2',
            'contact_sheet', 'plot_reconstructions', 'plot_history', 'plot_gain', 'plot_selection',
            'plot_noise_accuracy', 'plot_ablation', 'plot_adaptation', 'plot_variants', 'plot_pairs', 'plot_calibration',
-           'plot_class_gain', 'plot_feature_map', 'method_diagram']
+           'plot_class_gain', 'plot_feature_map', 'method_diagram', 'plot_quality_seconds']
 
 # %% ../nbs/library/20_figures.ipynb #3c0fe183
 import contextlib
@@ -496,4 +496,23 @@ def method_diagram() -> Figure:
                         arrowprops=dict(arrowstyle="-|>", color=".35", lw=1, shrinkA=1, shrinkB=1, **ends), zorder=1)
         for y, words in ((2.6, "without labels"), (-.5, "with few labels")): ax.text(-.4, y, words, fontsize=8, color=".35", style="italic")
         ax.axis("off")
+    return fig
+
+# %% ../nbs/library/20_figures.ipynb #695d69c3
+def plot_quality_seconds(
+    table:pd.DataFrame, # of `ablations.sampling_grid`
+    encoder:str="efficientnet_lite0", # whose kernel distance is shown
+) -> Figure:
+    "Class accuracy and kernel distance against seconds per patch, a line for each sampler."
+    part = table[table.axis == "sampler"].assign(each=lambda d: d.seconds/d.patches)
+    if part.empty: raise HistoDiffusionError("The table has no row of axis 'sampler': make it with ablations.sampling_grid.")
+    with figure_style():
+        fig, axes = plt.subplots(1, 2, figsize=(FULL_WIDTH, 2.8))
+        for (name, rows), marker in zip(part.groupby("scheduler", sort=False), "osD^vP"):
+            for ax, column in zip(axes, ("class_accuracy", f"kid_{encoder}")):
+                ax.plot(rows.each, rows[column], marker=marker, ms=4, lw=1.2, label=name)
+        for ax, y in zip(axes, ("class accuracy (referee)", f"KID-{encoder.replace('_', ' ')}")):
+            ax.set(xlabel="seconds per patch", ylabel=y, xscale="log")
+        axes[0].set_ylim(0, 1.02)
+        axes[0].legend(ncols=2)
     return fig

@@ -117,7 +117,9 @@ _FINAL = (
         ("pretraining", "vary the sets and patches of pre-training", ("ablation_pools", "ablation_sets")),
         ("selection", "vary the rule of selection", ("ablation_thresholds",)),
         ("ratio", "vary the number of synthetic patches", ("ablation_ratios",)),
-        ("backbone", "vary the network that is trained on them", ("ablation_backbones",)))))
+        ("backbone", "vary the network that is trained on them", ("ablation_backbones",)))),
+    _final("report", "answer in sentences whether it helped, by how much, at what cost, and whether it is safe", "evaluate",
+           ("table_1", "table_2", "table_3", "figure_2", "audit", "ablation_sampling"), outputs=("report.md",), fields=("seeds",)))
 STAGES: dict[str, StageSpec] = {s.name: s for s in (*_SHARED, *_ADAPTED, *_COMPARED, *_FINAL)}
 RESULTS = tuple(s.name for s in _FINAL)  # what a whole run arrives at
 
