@@ -48,7 +48,7 @@ def _draw_told(run, labelled, labels, folder, pretrained):
     c, seed, name = run.config, derive_seed("told", run.seed), "classifier_free_guidance" if pretrained else "ldm_labels_only"
     vae, unet, _ = load_pipeline(run.folder("diffusion")/"model")
     torch.manual_seed(seed)
-    if not pretrained: unet = build_unet(unet.config.sample_size, c.latent_channels, c.unet_channels, c.unet_layers, c.unet_attention)
+    if not pretrained: unet = build_unet(unet.config.sample_size, unet.config.in_channels, c.unet_channels, c.unet_layers, c.unet_attention)
     latents = LabelledLatents(vae, labelled.images, labelled.labels, precision=c.precision)
     config = FitConfig(c.told_steps, c.told_lr, warmup=c.told_steps//20, ema_half_life=.1, seed=seed, precision=c.precision,
                        channels_last=False)

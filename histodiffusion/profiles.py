@@ -26,7 +26,7 @@ class PriorKnobs:
     "The autoencoder and the unlabelled diffusion prior."
     autoencoder_channels: tuple = (32, 64) # width at f = 2, 4 …; f = 2 ** levels
     autoencoder_layers: int = 1 # residual blocks per level
-    latent_channels: int = 4 # channels of a latent
+    latent_channels: int = 4 # channels of a latent of grey patches; those of colour ones get twice as many
     autoencoder_steps: int = 200 # optimiser steps
     autoencoder_batch: int = 8 # crops per step
     autoencoder_crop: int = 32 # side of the crops it trains on, px
@@ -96,6 +96,7 @@ class AblationKnobs:
     ablation_steps: tuple = (5, 15) # sampler steps, tried with each sampler
     ablation_fractions: tuple = (.1,) # label fractions at which ways to adapt are tried
     ablation_finetune_steps: int = 20 # steps of fine-tuning in that ablation
+    ablation_seeds: int = 1 # how many of the seeds, the first ones, whole runs are varied at
     ablation_labels: tuple = (.05,) # further label fractions at which the gain is measured
     ablation_pools: tuple = (300,) # further numbers of unlabelled patches
     ablation_sets: tuple = (1,) # further numbers of pre-training sets
@@ -124,10 +125,13 @@ _SMALL = dict(
     autoencoder_lr=2e-3,
     unet_channels=(64, 128, 256), unet_attention=(False, True, True), diffusion_steps=3000, diffusion_batch=64, diffusion_lr=8e-4,
     finetune_steps=600, classifier_steps=400, classifier_batch=64, classifier_lr=2e-3,
-    scheduler="unipc", sampler_steps=10, guidance_scale=8., samples_per_class=60,
+    scheduler="unipc", sampler_steps=10, guidance_scale=8., samples_per_class=120,
     backbone_steps=400, backbone_batch=64, precision="auto",
     ablation_per_class=10, ablation_scales=(0., 1., 2., 4., 8., 16.), ablation_steps=(5, 10, 25, 100),
-    ablation_schedulers=("ddim", "ddpm", "dpmpp", "unipc", "euler", "heun"), ablation_fractions=(.02, .05, .2), ablation_finetune_steps=150)
+    ablation_schedulers=("ddim", "ddpm", "dpmpp", "unipc", "euler", "heun"), ablation_fractions=(.02, .05, .2), ablation_finetune_steps=150,
+    ratios=(.5, 1., 2., 3.), gan_steps=1500, told_steps=600, ablation_seeds=3, ablation_labels=(.01, .02, .1, .2, .5, 1.),
+    ablation_pools=(3000,), ablation_sets=(1, 2, 3), ablation_thresholds=(.3, .7, .9), ablation_ratios=(5., 10.),
+    ablation_backbones=("resnet10t", "efficientnet_lite0"))
 _GPU = _SMALL | dict(
     name="gpu", description="one GPU, a day; untried", tried=False, expected=None, seeds=(0, 1, 2, 3, 4), pretrain_patches=400_000,
     autoencoder_channels=(128, 256), autoencoder_layers=3, autoencoder_steps=40_000, autoencoder_batch=64,
@@ -139,7 +143,7 @@ _GPU = _SMALL | dict(
 # %% ../nbs/library/21_profiles.ipynb #25ae128c
 _PAPER = _GPU | dict(
     name="paper", description="the reference's published sizes, several GPU days; untried",
-    image_size=256, pretrain_patches=1_000_000, autoencoder_channels=(256, 512), latent_channels=3,
+    image_size=256, pretrain_patches=1_000_000, autoencoder_channels=(256, 512), latent_channels=2,  # 4 in colour; the reference has 3
     autoencoder_steps=200_000, autoencoder_batch=16, autoencoder_crop=256, autoencoder_lr=1e-4,
     unet_channels=(192, 384, 384, 768, 768), unet_attention=(True,)*5, min_snr_gamma=0.,
     diffusion_steps=500_000, diffusion_batch=64, diffusion_lr=1e-4, finetune_steps=20_000, finetune_lr=2e-5,

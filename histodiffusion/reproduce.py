@@ -84,7 +84,7 @@ def _count(spec):
 def _variants(k, seconds, more):
     "Seconds of the ablations whose variants are runs of their own, from those of one run."
     chain = sum(seconds[s] for s in ("adapt", "synthesize", "real_only", "augment"))
-    seeds, prior = len(k.seeds), seconds["autoencoder"] + seconds["diffusion"]
+    seeds, prior = min(len(k.seeds), k.ablation_seeds), seconds["autoencoder"] + seconds["diffusion"]
     return dict(ablation_labels=seeds*len(k.ablation_labels)*chain, ablation_ratio=seeds*(more + seconds["augment"]),
                 ablation_pretraining=(len(k.ablation_pools) + len(k.ablation_sets))*(prior + seeds*chain),
                 ablation_selection=seeds*(2 + len(k.ablation_thresholds))*seconds["augment"],

@@ -112,7 +112,8 @@ _FINAL = (
     _final("ablation_sampling", "put the choices in sampling side by side", "ablate", ("sampling_grid",), "first",
            outputs=("ablation_sampling.csv", "ablation_sampling.md", "ablation_classifier.csv", "ablation_classifier.md")),
     _final("ablation_adaptation", "put the ways to adapt side by side", "ablate", ("adaptation_grid",), "first"),
-    *(_final(f"ablation_{n}", what, "ablate", ("augment",), fields=("seeds", *fields)) for n, what, fields in (
+    *(_final(f"ablation_{n}", what, "ablate", ("augment",), fields=("seeds", "ablation_seeds", *fields))
+      for n, what, fields in (
         ("labels", "vary the share of the labels that is known", ("ablation_labels",)),
         ("pretraining", "vary the sets and patches of pre-training", ("ablation_pools", "ablation_sets")),
         ("selection", "vary the rule of selection", ("ablation_thresholds",)),

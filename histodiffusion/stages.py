@@ -100,7 +100,7 @@ def autoencoder(
     c, pool = run.config, read_pool(run)
     held = max(8, len(pool)//50)
     fitted = train_autoencoder(
-        pool[:-held], c.autoencoder_channels, c.latent_channels, c.autoencoder_layers,
+        pool[:-held], c.autoencoder_channels, c.latent_channels*(2 if run.channels == 3 else 1), c.autoencoder_layers,
         dict(batch=c.autoencoder_batch, crop=c.autoencoder_crop, perceptual=c.perceptual, perceptual_weight=c.perceptual_weight,
              kl_weight=c.kl_weight), c.critic_weight, c.critic_start,
         FitConfig(c.autoencoder_steps, c.autoencoder_lr, warmup=c.autoencoder_steps//30, precision=c.precision), folder)
@@ -123,7 +123,7 @@ def diffusion(
                      dict(latents=encode_patches(vae, read_pool(run), desc="caching latents", precision=c.precision)))
     latents = load_tensors(folder/"latents.safetensors")["latents"]
     torch.manual_seed(0)
-    unet = build_unet(latents.shape[-1], c.latent_channels, c.unet_channels, c.unet_layers, c.unet_attention)
+    unet = build_unet(latents.shape[-1], latents.shape[1], c.unet_channels, c.unet_layers, c.unet_attention)
     fitted = train_diffusion(LatentSampler(latents), unet, noise_schedule(c.prediction), c.diffusion_batch,
                              c.min_snr_gamma, FitConfig(c.diffusion_steps, c.diffusion_lr, warmup=c.diffusion_steps//30,
                                                         precision=c.precision, channels_last=False), folder)

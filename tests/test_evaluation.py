@@ -1,0 +1,80 @@
+"""Methods are tested once, results are remade by seed, and the report says what the tables say."""
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from histodiffusion import ablations, evaluation, stages
+from histodiffusion.metrics import classification_metrics
+from histodiffusion.reproduce import plan
+from histodiffusion.runs import STAGES, Run, stage_folder
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HISTODIFFUSION_RESULTS_PATH", str(tmp_path/"results"))
+    monkeypatch.setenv("HISTODIFFUSION_FIGURES_PATH", str(tmp_path/"figures"))
+    return tmp_path
+
+
+def pretend(run):
+    "Folders and provenance of every job, as if all had been made."
+    for job in plan(run):
+        with stage_folder(Run(**job.parameters), job.stage) as (folder, _):
+            for output in STAGES[job.stage].outputs:
+                (folder/output).write_text("x")
+
+
+def test_a_deleted_result_of_one_seed_is_all_that_is_made_anew(home):
+    run = Run("smoke")
+    pretend(run)
+    assert all(j.done for j in plan(run))
+    shutil.rmtree(run.with_seed(1).folder("augment"))
+    assert [j.name for j in plan(run) if not j.done] == ["augment_1"]
+
+
+def test_another_seed_leaves_the_others_as_they_are(home):
+    pretend(Run("smoke"))
+    more = Run("smoke", overrides=dict(seeds=[0, 1, 2]))
+    todo = [j for j in plan(more) if not j.done]
+    assert {j.name for j in todo if STAGES[j.stage].per_seed} == {f"{s.name}_2" for s in STAGES.values() if s.per_seed}
+    assert {j.stage for j in todo if not STAGES[j.stage].per_seed} == {s.name for s in STAGES.values() if s.seeds == "all"}
+
+
+def test_a_method_is_tested_once_and_a_stopped_stage_goes_on(home):
+    run = Run("smoke", "phantom:target:180", ["phantom:kyoto:9"])
+    stages.target_data(run)
+    test, asked = stages.read_split(run, "test"), []
+
+    def answer(images):
+        asked.append(len(images))
+        return np.eye(9)[test.labels]*.6 + .4/9
+
+    def stop(images):
+        raise KeyboardInterrupt
+
+    methods = {("real", 0.): answer, ("gan", 1.): stop}
+    with pytest.raises(KeyboardInterrupt):
+        stages.measure_methods(run, home, methods)
+    stages.measure_methods(run, home, methods | {("gan", 1.): answer})
+    assert asked == [len(test), len(test)]  # `real` was not asked again
+    rows = pd.read_csv(home/"rows.csv")
+    assert rows.method.tolist() == ["real", "gan"] and (rows.accuracy == 1).all()
+    assert rows.ece[0] == pytest.approx(classification_metrics(test.labels, answer(test.images))["ece"])
+
+
+def test_variants_share_what_they_do_not_change():
+    run = Run("smoke")
+    wider = ablations.variant(run, ratios=[1., 2.])
+    assert wider.key("synthesize") == run.key("synthesize") and wider.key("augment") != run.key("augment")
+    few = ablations.variant(run, label_fraction=.5)
+    assert few.key("diffusion") == run.key("diffusion") and few.key("adapt") != run.key("adapt")
+    one = ablations.variant(run, pretrain_sets=run.pretrain_sets[:1])
+    assert one.key("real_only") == run.key("real_only") and one.key("autoencoder") != run.key("autoencoder")
+
+
+def test_neighbours_are_the_nearest_by_angle():
+    known = np.array([[1., 0.], [0., 1.], [-1., 0.]])
+    distance, i = evaluation.neighbours(np.array([[9., 1.], [-.1, 5.]]), known)
+    assert i.tolist() == [0, 1] and distance == pytest.approx([1 - 9/82**.5, 1 - 5/25.01**.5])
