@@ -56,8 +56,8 @@ def _safe(copies, noise, calibration, classes):
     lines = []
     if "share_nearer_than_1_in_100_real" in copies:
         for r in copies[copies.patches == "synthetic"].itertuples():
-            lines.append(f"Copies, in features of `{r.encoder}`: {r.share_nearer_than_1_in_100_real:.1%} of the selected patches lie nearer to a "
-                         "labelled patch than 99 % of unseen real patches do; 1 % is to be expected of patches that are as new.")
+            lines.append(f"Copies, in features of `{r.encoder}`: {r.share_nearer_than_1_in_100_real:.1%} of the selected patches lie "
+                         "nearer to a labelled patch than 99 % of unseen real patches do; 1 % is to be expected of patches as new.")
     else: lines.append("No patch was selected, so there is nothing to copy.")
     wrong = (noise.disputed_share*noise.patches).sum()/max(1, noise.patches.sum())
     lines.append(f"Labels: a referee, trained on all training labels, disputes {wrong:.0%} of the selected patches.")
@@ -101,8 +101,9 @@ def report(
              "Is it safe to use?": (_safe(*map(read, ("memorisation", "label_noise", "calibration", "gain_by_class"))),
                                     "memorisation.csv, label_noise.csv, calibration.csv, gain_by_class.csv"),
              "Is it what the profile should reach?": (compare_expected(table, run.knobs.expected, run.dataset), "table_1.csv")}
-    head = (f"# {run.dataset} at {run.label_fraction:.3g} of the labels\n\nProfile `{run.profile}`, {len(run.knobs.seeds)} seeds, pre-trained on "
-            f"{', '.join(run.pretrain_sets)}.\n")
-    body = [f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines) + f"\n\nFrom {source}.\n" for title, (lines, source) in parts.items()]
+    head = (f"# {run.dataset} at {run.label_fraction:.3g} of the labels\n\nProfile `{run.profile}`, {len(run.knobs.seeds)} seeds, "
+            f"pre-trained on {', '.join(run.pretrain_sets)}.\n")
+    body = [f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines) + f"\n\nFrom {source}.\n"
+            for title, (lines, source) in parts.items()]
     write_text(run.results/"report.md", "\n".join([head, *body]))
     save_figure(plot_quality_seconds(read("ablation_sampling")), run.figures/"quality_seconds")
