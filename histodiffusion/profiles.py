@@ -26,7 +26,8 @@ class PriorKnobs:
     "The autoencoder and the unlabelled diffusion prior."
     autoencoder_channels: tuple = (32, 64) # width at f = 2, 4 …; f = 2 ** levels
     autoencoder_layers: int = 1 # residual blocks per level
-    latent_channels: int = 2 # channels of a latent of grey patches; colour ones get three times as many
+    latent_channels: int = 6 # channels of a latent of colour patches
+    latent_channels_grey: int = 2 # the same, of grey patches
     autoencoder_steps: int = 200 # optimiser steps
     autoencoder_batch: int = 8 # crops per step
     autoencoder_crop: int = 32 # side of the crops it trains on, px
@@ -121,8 +122,8 @@ _LABELS = ("name", "description", "tried", "expected")
 _SMALL = dict(
     name="small", description="real tissue on two CPU cores; sizes changed since its last whole run", tried=False,
     pretrain_patches=30_000, label_fraction=.05, seeds=(0, 1, 2),
-    autoencoder_channels=(64, 128), autoencoder_layers=2, latent_channels=4, autoencoder_steps=6000, autoencoder_batch=16,
-    autoencoder_lr=2e-3,
+    autoencoder_channels=(64, 128), autoencoder_layers=2, latent_channels=16, latent_channels_grey=4,
+    autoencoder_steps=6000, autoencoder_batch=16, autoencoder_lr=2e-3,
     unet_channels=(64, 128, 256), unet_attention=(False, True, True), diffusion_steps=3000, diffusion_batch=64, diffusion_lr=8e-4,
     finetune_steps=600, classifier_steps=400, classifier_batch=64, classifier_lr=2e-3,
     scheduler="unipc", sampler_steps=10, guidance_scale=8., samples_per_class=120,
@@ -143,7 +144,7 @@ _GPU = _SMALL | dict(
 # %% ../nbs/library/21_profiles.ipynb #25ae128c
 _PAPER = _GPU | dict(
     name="paper", description="the reference's published sizes, several GPU days; untried",
-    image_size=256, pretrain_patches=1_000_000, autoencoder_channels=(256, 512), latent_channels=1,  # 3 in colour
+    image_size=256, pretrain_patches=1_000_000, autoencoder_channels=(256, 512), latent_channels=3, latent_channels_grey=3,
     autoencoder_steps=200_000, autoencoder_batch=16, autoencoder_crop=256, autoencoder_lr=1e-4,
     unet_channels=(192, 384, 384, 768, 768), unet_attention=(True,)*5, min_snr_gamma=0.,
     diffusion_steps=500_000, diffusion_batch=64, diffusion_lr=1e-4, finetune_steps=20_000, finetune_lr=2e-5,

@@ -45,7 +45,7 @@ _SHARED = (
               data="target", fields=("image_size", "stain"), per_seed=False),
     StageSpec("autoencoder", "train the autoencoder on the pool", "autoencoder, latent cache", "pretrain",
               ("pretraining_data",), per_seed=False,
-              fields=("autoencoder_channels", "autoencoder_layers", "latent_channels", "autoencoder_steps",
+              fields=("autoencoder_channels", "autoencoder_layers", "latent_channels", "latent_channels_grey", "autoencoder_steps",
                       "autoencoder_batch", "autoencoder_crop", "autoencoder_lr", "perceptual", "perceptual_weight",
                       "critic_weight", "critic_start", "kl_weight", "precision")),
     StageSpec("diffusion", "train the unlabelled diffusion prior on latents", "U-Net, scheduler", "pretrain",

@@ -100,7 +100,7 @@ def autoencoder(
     c, pool = run.config, read_pool(run)
     held = max(8, len(pool)//50)
     fitted = train_autoencoder(
-        pool[:-held], c.autoencoder_channels, c.latent_channels*run.channels, c.autoencoder_layers,
+        pool[:-held], c.autoencoder_channels, c.latent_channels if run.channels == 3 else c.latent_channels_grey, c.autoencoder_layers,
         dict(batch=c.autoencoder_batch, crop=c.autoencoder_crop, perceptual=c.perceptual, perceptual_weight=c.perceptual_weight,
              kl_weight=c.kl_weight), c.critic_weight, c.critic_start,
         FitConfig(c.autoencoder_steps, c.autoencoder_lr, warmup=c.autoencoder_steps//30, precision=c.precision), folder)
