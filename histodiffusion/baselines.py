@@ -81,7 +81,7 @@ class Generator(nn.Module):
         n_classes:int, # K
         channels:int=3, # image channels
         size:int=64, # side of a patch, px, 4 times a power of 2
-        width:int=32, # channels before the last layer
+        width:int=16, # channels before the last layer
         noise:int=64, # length of the noise
     ):
         super().__init__()
@@ -106,7 +106,7 @@ class Critic(nn.Module):
         n_classes:int, # K
         channels:int=3, # image channels
         size:int=64, # side of a patch, px
-        width:int=32, # channels of the first layer
+        width:int=16, # channels of the first layer
     ):
         super().__init__()
         levels, sn = (size//4).bit_length() - 1, nn.utils.parametrizations.spectral_norm
@@ -146,10 +146,10 @@ class GANLoss:
 
     def __call__(self, model, generator):
         real, y = self.draw(generator)
-        made = model.generator(torch.randn(len(y), model.generator.noise, generator=generator).to(y.device), y)
+        made = model.generator(torch.randn(len(y), model.generator.noise, generator=generator).to(y.device), y).float()
         leaf = made.detach().requires_grad_()
-        push, = torch.autograd.grad(-model.critic(diff_augment(leaf, generator), y).mean(), leaf)
-        judge = lambda x: model.critic(diff_augment(x, generator), y)
+        judge = lambda x: model.critic(diff_augment(x, generator), y).float()
+        push, = torch.autograd.grad(-judge(leaf).mean(), leaf)
         critic = (1 - judge(real)).relu().mean() + (1 + judge(leaf.detach())).relu().mean()
         carrier = (made*push).sum()  # its gradient at `made` is `push`
         return critic + carrier - carrier.detach(), dict(critic=critic.detach())
@@ -161,7 +161,7 @@ def train_gan(
     n_classes:int, # K
     config:FitConfig, # of the training loop; its learning rate is that of both networks
     batch:int=32, # patches per step
-    width:int=32, # channels of the widest maps
+    width:int=16, # channels of the widest maps
     folder=None, # for checkpoints
 ) -> Fit: # its model is a Generator
     "Train a class-conditional GAN with DiffAugment on labelled patches."

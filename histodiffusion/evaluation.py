@@ -39,7 +39,8 @@ from .training import FitConfig
 def _draw_gan(run, labelled, labels, folder):
     "Candidates of a GAN."
     c, seed = run.config, derive_seed("gan", run.seed)
-    config = FitConfig(c.gan_steps, c.gan_lr, betas=(0., .99), schedule="constant", ema_half_life=.1, seed=seed)
+    config = FitConfig(c.gan_steps, c.gan_lr, betas=(0., .99), schedule="constant", ema_half_life=.1, seed=seed,
+                       precision=c.precision)
     gan = train_gan(labelled.images, labelled.labels, len(labelled.classes), config, folder=folder/"gan")
     return sample_gan(gan.model, labels, seed), gan
 

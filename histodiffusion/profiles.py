@@ -80,7 +80,7 @@ class TargetKnobs:
 @dataclass(frozen=True)
 class BaselineKnobs:
     "What HistoDiffusion is compared with."
-    gan_steps: int = 60 # optimiser steps of the GAN on the labelled patches
+    gan_steps: int = 30 # optimiser steps of the GAN on the labelled patches
     gan_lr: float = 4e-4 # learning rate of both its networks
     told_steps: int = 60 # steps of the diffusion models that are told the class
     told_lr: float = 5e-4 # their peak learning rate
@@ -130,7 +130,7 @@ _SMALL = dict(
     backbone_steps=400, backbone_batch=64, precision="auto",
     ablation_per_class=10, ablation_scales=(0., 1., 2., 4., 8., 16.), ablation_steps=(5, 10, 25, 100),
     ablation_schedulers=("ddim", "ddpm", "dpmpp", "unipc", "euler", "heun"), ablation_fractions=(.02, .05, .2), ablation_finetune_steps=150,
-    ratios=(.5, 1., 2., 3.), gan_steps=1500, told_steps=600, ablation_seeds=3, ablation_labels=(.01, .02, .1, .2, .5, 1.),
+    ratios=(.5, 1., 2., 3.), gan_steps=800, told_steps=600, ablation_seeds=3, ablation_labels=(.01, .02, .1, .2, .5, 1.),
     ablation_pools=(3000,), ablation_sets=(1, 2, 3), ablation_thresholds=(.3, .7, .9), ablation_ratios=(5., 10.),
     ablation_backbones=("resnet10t", "efficientnet_lite0"))
 _GPU = _SMALL | dict(
