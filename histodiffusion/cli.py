@@ -186,7 +186,8 @@ def run_stages(run, command: str, force: bool) -> None:
         title = f"[{job.place}] {STAGES[job.stage].what}" + (f", seed {seed}" if STAGES[job.stage].per_seed else "")
         if not this.done(job.stage):
             print(title, flush=True)
-            import histodiffusion.ablations  # noqa: F401 - imports torch, and every stage
+            import histodiffusion.ablations  # imports torch
+            import histodiffusion.report  # noqa: F401 - and now every stage is known
             from histodiffusion.runs import MADE_BY
 
             MADE_BY[job.stage](this)

@@ -72,7 +72,7 @@ def changed(**options):
 
 def test_guidance_scale_changes_synthesis_but_not_adaptation(project):
     assert changed(overrides={"guidance_scale": 9.5}) == [
-        "synthesize", "select", "augment", "sampling_grid", "adaptation_grid", *RESULTS]  # fmt: skip
+        "synthesize", "select", "augment", "compare", "quality", "sampling_grid", "adaptation_grid", *RESULTS]  # fmt: skip
 
 
 def test_every_knob_changes_the_stages_that_list_it_and_no_earlier_one(project):
@@ -123,9 +123,9 @@ def test_grey_target_has_its_own_prior(project):
 
 
 def test_seed_and_label_fraction_leave_the_prior_alone(project):
-    assert changed(seed=4) == ["adapt", "synthesize", "select", "augment"]
-    assert changed(label_fraction=0.5) == [
-        "adapt", "synthesize", "select", "augment", "sampling_grid", "table_1", "figure_2", "ablation_sampling"]  # fmt: skip
+    by_seed = [s for s in STAGES if STAGES[s].per_seed]
+    assert changed(seed=4) == by_seed
+    assert changed(label_fraction=0.5) == [s for s in STAGES if set(by_seed) & set(upstream_of(s))]
 
 
 def test_data_that_changes_makes_new_keys(project):
@@ -158,7 +158,8 @@ def test_stage_cannot_read_a_knob_outside_its_key(project):
 
 
 def test_every_stage_has_a_function_and_a_notebook():
-    import histodiffusion.ablations  # noqa: F401 - every stage
+    import histodiffusion.ablations
+    import histodiffusion.report  # noqa: F401 - every stage
 
     assert {s: f.stage for s, f in MADE_BY.items()} == {s: s for s in STAGES}
     for s in STAGES.values():
@@ -217,8 +218,8 @@ def test_forgetting_a_stage_forgets_what_follows(project):
     complete(run)
     forget(run, "synthesize")
     undone = [j.name for j in plan(run) if not j.done]
-    assert undone == [f"{s}_{run.seed}" for s in ("synthesize", "select", "augment")] + [
-        "sampling_grid", "table_1", "figure_2", "ablation_sampling"]  # fmt: skip
+    expected = [s for s in STAGES if "synthesize" in upstream_of(s)]
+    assert sorted(undone) == sorted(f"{s}_{run.seed}" if STAGES[s].per_seed else s for s in expected)
 
 
 def test_estimate_learns_from_what_was_measured(project):
@@ -258,11 +259,12 @@ def test_workflow_reruns_only_what_a_parameter_touches(project):
     config = project / "config.json"
     config.write_text(json.dumps(Run("smoke", overrides={"ratio": 0.7}).parameters))
     said = call("snakemake", "-n", "--cores", "2", "--rerun-triggers", "mtime", "params", "--configfile", str(config),
-                "--forcerun", "table_1", "figure_2", "ablation_sampling")  # fmt: skip
+                "--forcerun", "table_1", "figure_2")  # fmt: skip
     rules = set(re.findall(r"^rule (\w+):", said.stdout + said.stderr, re.MULTILINE)) - {"all"}
     seeds = get_profile("smoke").seeds
-    per_seed = {f"{s}_{n}" for s in ("select", "augment") for n in seeds}
-    assert rules == {"sampling_grid", "table_1", "figure_2", "ablation_sampling"} | per_seed
+    touched = [s for s in STAGES if "ratio" in stage_fields(s)]
+    assert "baselines" not in touched and "synthesize" not in touched
+    assert rules == {name for s in touched for name in ([f"{s}_{n}" for n in seeds] if STAGES[s].per_seed else [s])}
 
 
 def test_second_reproduce_does_nothing_and_is_quick(project):
