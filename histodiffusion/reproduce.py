@@ -65,7 +65,7 @@ def _job(stage, run, place):
                inputs=tuple(_path(provenance_path(r, u)) for u, r in run.inputs(stage)),
                outputs=(_path(done), *(_path(done.parent/o) for o in spec.outputs)),
                executed=_path(run.results/"notebooks"/f"{stage}{tag}.ipynb"), key=run.key(stage), done=run.done(stage),
-               alone=not (spec.per_seed and run.profile == "smoke"), place=place)
+               alone=run.profile != "smoke" or stage in ("autoencoder", "diffusion"), place=place)
 
 # %% ../nbs/library/28_reproduce.ipynb #cd7a5360
 def _network(widths, layers, side):
