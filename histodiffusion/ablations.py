@@ -276,19 +276,24 @@ def measure_variant(
     return summarise_methods(rows, read_hits([("augment", r) for r in runs]))
 
 # %% ../nbs/library/25_ablations.ipynb #e03cc6b8
+def _one(run, **change):
+    "A variant that trains on one ratio alone; the run itself where nothing changes."
+    same = variant(run, **change).key("augment") == run.key("augment")
+    return run if same else variant(run, ratios=[run.knobs.ratio], **change)
+
 def _labels(run):
-    return [("share of the labels", f, variant(run, label_fraction=f)) for f in sorted({*run.knobs.ablation_labels, run.label_fraction})]
+    return [("share of the labels", f, _one(run, label_fraction=f)) for f in sorted({*run.knobs.ablation_labels, run.label_fraction})]
 
 def _pretraining(run):
     c, sets = run.knobs, run.pretrain_sets
-    pools = [("unlabelled patches", n, variant(run, pretrain_patches=n)) for n in sorted({*c.ablation_pools, c.pretrain_patches})]
+    pools = [("unlabelled patches", n, _one(run, pretrain_patches=n)) for n in sorted({*c.ablation_pools, c.pretrain_patches})]
     counts = sorted({min(k, len(sets)) for k in (*c.ablation_sets, len(sets))})
-    return pools + [("pre-training sets", k, variant(run, pretrain_sets=sets[:k])) for k in counts]
+    return pools + [("pre-training sets", k, _one(run, pretrain_sets=sets[:k])) for k in counts]
 
 def _selection(run):
     c = run.knobs
-    rules = [("rule", r, variant(run, selection_rule=r)) for r in ("centroid", "confidence", "both")]
-    return rules + [("threshold", t, variant(run, selection_rule="both", selection_threshold=t))
+    rules = [("rule", r, _one(run, selection_rule=r)) for r in ("centroid", "confidence", "both")]
+    return rules + [("threshold", t, _one(run, selection_rule="both", selection_threshold=t))
                     for t in sorted({*c.ablation_thresholds, c.selection_threshold})]
 
 def _ratio(run):
@@ -300,7 +305,7 @@ def _ratio(run):
 
 def _backbone(run):
     c = run.knobs
-    others = [("backbone", n, variant(run, backbone=n, backbone_lr=1e-3)) for n in c.ablation_backbones if n != c.backbone]
+    others = [("backbone", n, _one(run, backbone=n, backbone_lr=1e-3)) for n in c.ablation_backbones if n != c.backbone]
     return [("backbone", c.backbone, run), *others]
 
 # %% ../nbs/library/25_ablations.ipynb #55940f11
