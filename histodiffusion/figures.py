@@ -512,7 +512,8 @@ def plot_quality_seconds(
             for ax, column in zip(axes, ("class_accuracy", f"kid_{encoder}")):
                 ax.plot(rows.each, rows[column], marker=marker, ms=4, lw=1.2, label=name)
         for ax, y in zip(axes, ("class accuracy (referee)", f"KID-{encoder.replace('_', ' ')}")):
-            ax.set(xlabel="seconds per patch", ylabel=y, xscale="log")
+            ax.set(xlabel="seconds per patch", ylabel=y)
+            _log_ticks(ax, [float(f"{v:.1g}") for v in part.each])
         axes[0].set_ylim(0, 1.02)
         axes[0].legend(ncols=2)
     return fig

@@ -30,11 +30,12 @@ def synthetic_metadata(
                                       "'histodiffusion select' and the same options.")
     s, classes, knobs = read_synthetic(run, adaptation), read_labelled(run).classes, run.knobs
     chosen = read_json(run.folder("select")/"chosen.json")["chosen"]
+    kept = set().union(*chosen.get(adaptation, chosen["guidance_only"])["selected"].values())  # at any ratio
     weights = run.folder("diffusion" if adaptation == "guidance_only" else "adapt")/"model/unet"
     names = [classes[k] for k in s["labels"]]
     return pd.DataFrame(dict(
         file_name=[f"images/{c}/{run.seed}-{i:05d}.png" for i, c in enumerate(names)], label=names,
-        selected=np.isin(np.arange(len(names)), chosen.get(adaptation, chosen["guidance_only"])["selected"]),
+        selected=[i in kept for i in range(len(names))],
         confidence=s["confidence"].round(4), seed=run.seed, scheduler=knobs.scheduler, steps=knobs.sampler_steps,
         guidance_scale=knobs.guidance_scale, adaptation=adaptation,
         model_sha256=hash_file(weights/"diffusion_pytorch_model.safetensors")))

@@ -101,11 +101,13 @@ def test_centroids_never_contain_synthetic_patches():
     for name in FUNCTIONS:
         tainted = names_from(name, "read_synthetic")
         for function, call in called(FUNCTIONS[name]):
-            if function in ("class_centroids", "_judge"):
+            if function in ("class_centroids", "class_spacing"):
                 found += 1
                 used = {n.id for a in [*call.args, *call.keywords] for n in ast.walk(a) if isinstance(n, ast.Name)}
                 assert not used & tainted, f"{name} gives synthetic patches to {function}"
-    assert found >= 2 and not reach("_judge") & {"read_synthetic", "_extra"}
+    assert found >= 2
+    for judged in ("real_only", "load_backbone"):  # the backbone whose features the centroids are of
+        assert "read_labelled" in reach(judged) and not reach(judged) & {"read_synthetic", "chosen_patches"}
     real, labels = np.random.default_rng(0).normal(size=(40, 8)), np.arange(40) % 4
     assert (class_centroids(real, labels, 4) == class_centroids(real.copy(), labels, 4)).all()
     assert list(inspect.signature(class_centroids).parameters) == ["features", "labels", "n_classes"]
@@ -113,7 +115,7 @@ def test_centroids_never_contain_synthetic_patches():
 
 def test_guiding_classifier_never_sees_synthetic_patches():
     assert not {"synthesize", "select", "augment"} & set(upstream_of("adapt"))
-    assert {"read_labelled"} <= reach("adapt") and not reach("adapt") & {"read_synthetic", "_extra"}
+    assert {"read_labelled"} <= reach("adapt") and not reach("adapt") & {"read_synthetic", "chosen_patches"}
     assert not any(name == "train_latent_classifier" for stage in STAGES if "synthesize" in upstream_of(stage)
                    for f in (reach(stage) if stage in FUNCTIONS else ()) for name, _ in called(FUNCTIONS[f]))  # fmt: skip
 
