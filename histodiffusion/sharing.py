@@ -9,7 +9,6 @@ __all__ = ['synthetic_metadata', 'croissant_metadata', 'export_synthetic']
 from datetime import datetime, timezone
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from PIL import Image
 
