@@ -75,6 +75,7 @@ class GeneratorBlock(nn.Module):
         y = self.convs[0](F.interpolate(F.silu(self.norms[0](x, code)), scale_factor=2))
         return self.convs[1](F.silu(self.norms[1](y, code))) + self.skip(F.interpolate(x, scale_factor=2))
 
+# %% ../nbs/library/18_baselines.ipynb #744c9db0
 class Generator(nn.Module):
     "Noise and a class to a patch."
     def __init__(self,
@@ -161,7 +162,7 @@ def train_gan(
     n_classes:int, # K
     config:FitConfig, # of the training loop; its learning rate is that of both networks
     batch:int=32, # patches per step
-    width:int=16, # channels of the widest maps
+    width:int=16, # channels of the largest maps; smaller ones have up to 8 times as many
     folder=None, # for checkpoints
 ) -> Fit: # its model is a Generator
     "Train a class-conditional GAN with DiffAugment on labelled patches."

@@ -262,6 +262,7 @@ def stage_work(
         baselines=(c.gan_steps + 2*c.told_steps, 32*c.gan_steps + 2*told + 3*drawn),
         compare=(5*backbone, 5*backbone*c.backbone_batch), quality=(6*backbone, 6*backbone*c.backbone_batch))
 
+# %% ../nbs/library/24_evaluation.ipynb #fd9947f3
 @stage("table_3")
 def table_3(
     run:Run,
@@ -386,6 +387,7 @@ def audit(
     save_figure(plot_class_gain(table, confusion), run.figures/"gain_by_class")
     _audit_patches(run, yardstick, images, targets, labelled)
 
+# %% ../nbs/library/24_evaluation.ipynb #cf121317
 def _audit_patches(run, yardstick, images, targets, labelled):
     "Copies, wrong labels, and where the patches lie among real ones."
     if images is None: images, targets = labelled.images[:0], labelled.labels[:0]

@@ -90,6 +90,7 @@ def _variants(k, seconds, more):
                 ablation_selection=seeds*(2 + len(k.ablation_thresholds))*seconds["augment"],
                 ablation_backbone=seeds*len(k.ablation_backbones)*5*(seconds["real_only"] + seconds["augment"]))
 
+# %% ../nbs/library/28_reproduce.ipynb #ca951a5d
 def work(
     knobs:dict, # knobs of a profile
     patches:int, # of the labelled set
