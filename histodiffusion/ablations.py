@@ -23,7 +23,7 @@ from .autoencoder import decode_latents, encode_patches
 from .core import derive_seed, hash_object, progress, read_json, write_json
 from .datasets import labelled_fraction
 from .diffusion import LatentSampler, noise_schedule, train_diffusion
-from .evaluation import Yardstick, read_hits, referee
+from .evaluation import Yardstick, read_hits
 from .features import encode_images
 from .figures import plot_ablation, plot_adaptation, plot_variants, save_figure
 from .latent_classifier import (LabelledLatents, LatentClassifier, classifier_from_unet, d4_images, noise_report,

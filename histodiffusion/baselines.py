@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DModel
 from torch import nn
 
-from .backbone import augment_d4
+from .backbone import augment_d4, draw_balanced
 from .core import HistoDiffusionError, get_device
 from .diffusion import noise_schedule
 from .packed import images_to_tensor, tensor_to_images
@@ -140,8 +140,7 @@ class GANLoss:
 
     def draw(self, generator):
         "Real patches and their classes."
-        k, u = torch.randint(len(self.members), (self.batch,), generator=generator), torch.rand(self.batch, generator=generator)
-        i = torch.stack([self.members[c][int(v*len(self.members[c]))] for c, v in zip(k.tolist(), u.tolist())])
+        i = draw_balanced(self.members, self.batch, generator)
         x = augment_d4(images_to_tensor(self.images[i.numpy()]), generator)
         return x.to(get_device()), self.labels[i].to(get_device())
 

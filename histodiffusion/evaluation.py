@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GENERATORS', 'ENCODER', 'AUDITED', 'baselines', 'read_baseline', 'compare', 'referee', 'load_referee', 'Yardstick',
            'synthetic_sets', 'quality', 'gather', 'read_hits', 'table_1', 'table_2', 'stage_work', 'table_3',
-           'class_examples', 'figure_2', 'neighbours', 'calibration_bins', 'audit']
+           'class_examples', 'figure_2', 'calibration_bins', 'audit']
 
 # %% ../nbs/library/24_evaluation.ipynb #dd5cd668
 from dataclasses import replace
@@ -25,13 +25,13 @@ from .core import derive_seed, load_tensors, read_json, save_tensors, write_json
 from .diffusion import build_unet, noise_schedule
 from .features import encode_images, encoder_names, load_encoder
 from .figures import figure_2 as draw_figure_2
-from .figures import plot_calibration, plot_class_gain, plot_feature_map, plot_pairs, save_figure
+from .figures import method_diagram, plot_calibration, plot_class_gain, plot_feature_map, plot_pairs, save_figure
 from .latent_classifier import LabelledLatents
-from .metrics import (classification_metrics, gain_interval, holm, image_quality, near_copies, summarise_methods,
+from .metrics import (classification_metrics, gain_interval, holm, image_quality, near_copies, nearest_neighbours, summarise_methods,
                                     write_table)
 from .runs import STAGES, Run, provenance_path, stage
 from .sampling import ClassifierFreeGuidance, load_pipeline, make_scheduler, synthesize_patches
-from .stages import (backbone_config, chosen_patches, measure_methods, read_labelled, read_split,
+from .stages import (backbone_config, chosen_patches, load_backbone, measure_methods, read_labelled, read_split,
                                    read_synthetic, with_patches)
 from .training import FitConfig
 
@@ -138,7 +138,7 @@ def load_referee(
     return net.eval()
 
 class Yardstick:
-    "Measures synthetic patches: classes by the referee, distances to validation patches by encoders that had no other part."
+    "Measures synthetic patches: classes by the referee, distances to validation patches by published encoders."
     def __init__(self,
         run:Run, # with its referee made
     ):
@@ -177,7 +177,8 @@ def quality(
     known = encode_images(first, labelled.images)
     for method, (images, labels) in synthetic_sets(run).items():
         if not (path := folder/f"{method}.json").exists():
-            net = train_backbone(images, labels, len(labelled.classes), backbone_config(run), desc=f"backbone ({method} alone)")
+            net = load_backbone(run) if method == "real" else train_backbone(
+                images, labels, len(labelled.classes), backbone_config(run), desc=f"backbone ({method} alone)")
             score = classification_metrics(validation.labels, predict(net, validation.images))["accuracy"]
             copies = {} if method == "real" else dict(
                 near_copy_share=near_copies(encode_images(first, images), known, yardstick.real[first.name])["share"])
@@ -190,11 +191,10 @@ def quality(
 def gather(
     run:Run,
     table:str, # stage that reads them, such as 'table_1'
-    name:str="rows", # of the file
     stages:tuple=("augment", "compare"), # stages that made them
 ) -> pd.DataFrame:
     "Rows of all seeds."
-    return pd.concat([pd.read_csv(r.folder(s)/f"{name}.csv").assign(seed=r.seed) for s, r in run.inputs(table) if s in stages],
+    return pd.concat([pd.read_csv(r.folder(s)/"rows.csv") for s, r in run.inputs(table) if s in stages],
                      ignore_index=True)
 
 def read_hits(
@@ -221,10 +221,10 @@ def table_1(
     write_table(summarise_methods(rows, hits), run.results/"table_1",
                 f"Test split of {run.dataset} at {run.label_fraction:.3g} of the labels, {n} seeds; gains over `real` and over "
                 "`standard_augmentation` (gain_std) with 95 % intervals over seeds and test patches, p-values after Holm.")
-    chosen = [r.folder("select") for s, r in run.inputs("table_1") if s == "augment"]
+    runs = [r for s, r in run.inputs("table_1") if s == "augment"]
     for name, caption in dict(adaptation="Guidance alone and fine-tuned prior with guidance, a row per seed.",
                               selection="Candidates that passed each rule, by class and seed.").items():
-        every = pd.concat([pd.read_csv(f/f"{name}.csv").assign(seed=s) for f, s in zip(chosen, run.knobs.seeds)])
+        every = pd.concat([pd.read_csv(r.folder("select")/f"{name}.csv").assign(seed=r.seed) for r in runs])
         write_table(every, run.results/name, caption)
 
 # %% ../nbs/library/24_evaluation.ipynb #e9aad7dd
@@ -260,7 +260,7 @@ def stage_work(
         synthesize=(0, drawn + (drawn//4 if c.finetune_steps else 0)), real_only=(2*backbone, 2*backbone*c.backbone_batch),
         augment=(new*backbone, new*backbone*c.backbone_batch), referee=(backbone, backbone*c.backbone_batch),
         baselines=(c.gan_steps + 2*c.told_steps, 32*c.gan_steps + 2*told + 3*drawn),
-        compare=(5*backbone, 5*backbone*c.backbone_batch), quality=(6*backbone, 6*backbone*c.backbone_batch))
+        compare=(5*backbone, 5*backbone*c.backbone_batch), quality=(5*backbone, 5*backbone*c.backbone_batch))
 
 # %% ../nbs/library/24_evaluation.ipynb #fd9947f3
 @stage("table_3")
@@ -280,7 +280,7 @@ def table_3(
         mine = [r for r in records if r["stage"] == name]
         steps, images = work.get(name, (0, float("nan")))
         seconds = [r["seconds"] for r in mine]
-        memory = [max(v for v in r.get("peak_memory_mib", {}).values() if v) for r in mine if r.get("peak_memory_mib")]
+        memory = [v for r in mine for v in r.get("peak_memory_mib", {}).values() if v]
         rows.append(dict(stage=name, what=STAGES[name].what, runs=len(mine), steps=steps, images=images, seconds_mean=np.mean(seconds),
                          seconds_sum=np.sum(seconds), peak_memory_mib=max(memory, default=float("nan")),
                          device=mine[0]["machine"]["device"]))
@@ -302,7 +302,7 @@ def figure_2(
     run:Run,
     folder:Path, # given by the decorator
 ):
-    "Draw real and synthetic patches side by side, and the method."
+    "Draw real and synthetic patches side by side, and the method as Figure 1."
     labelled, chosen = read_labelled(run), read_json(run.folder("select")/"chosen.json")["chosen"]
     columns = {}
     for name in chosen:
@@ -312,32 +312,17 @@ def figure_2(
     if images is not None: columns["selected"] = class_examples(images, labels, labelled.classes)
     real = class_examples(labelled.images, labelled.labels, labelled.classes) if may_show(run.dataset) else {}
     save_figure(draw_figure_2(real, columns, labelled.classes), run.figures/"figure_2")
+    save_figure(method_diagram(), run.figures/"figure_1")
 
 # %% ../nbs/library/24_evaluation.ipynb #1fd29218
 AUDITED = ("real", "standard_augmentation", "histodiffusion_selected")  # whose calibration is shown
 
-def neighbours(
-    features:np.ndarray, # (M, D) of synthetic or held-out patches
-    known:np.ndarray, # (N, D) of labelled patches
-) -> tuple: # (M,) cosine distances to the nearest, (M,) which it is
-    "The nearest labelled patch of each."
-    from sklearn.neighbors import NearestNeighbors
-    distance, i = NearestNeighbors(n_neighbors=1, metric="cosine").fit(known).kneighbors(features)
-    return distance[:, 0], i[:, 0]
-
-def _memorisation(run, yardstick, images, labelled):
-    "Distances to the nearest labelled patch in each feature space, with validation patches as control."
-    rows, pairs = [], None
-    for encoder in yardstick.encoders:
-        known = encode_images(encoder, labelled.images)
-        sets = dict(synthetic=encode_images(encoder, images), held_out=yardstick.real[encoder.name])
-        distances = {kind: neighbours(f, known) for kind, f in sets.items()}
-        limit = np.quantile(distances["held_out"][0], .01)  # nearer than all but one in a hundred real patches
-        for kind, (d, _) in distances.items():
-            rows.append(dict(encoder=encoder.name, patches=kind, n=len(d), nearest=d.min(), p01=np.quantile(d, .01), median=np.median(d),
-                             share_nearer_than_1_in_100_real=float((d < limit).mean())))
-        pairs = pairs or distances["synthetic"]
-    return pd.DataFrame(rows), pairs
+def _memorisation(yardstick, images, labelled):
+    "Near copies of labelled patches in each feature space, and the nearest labelled patch in the first."
+    known, drawn = ({e.name: encode_images(e, x) for e in yardstick.encoders} for x in (labelled.images, images))
+    rows = [dict(encoder=n, **near_copies(drawn[n], known[n], held)) for n, held in yardstick.real.items()]
+    first = yardstick.encoders[0].name
+    return pd.DataFrame(rows), nearest_neighbours(drawn[first], known[first])
 
 # %% ../nbs/library/24_evaluation.ipynb #5c34c3a2
 def calibration_bins(
@@ -357,9 +342,10 @@ def _by_class(labels, posteriors, classes):
     hits = {m: np.stack([p.argmax(1) == labels for p in posteriors[m]]) for m in ("real", "histodiffusion_selected")}
     rows = []
     for k, name in enumerate(classes):
-        mean, low, high, p = gain_interval(*(hits[m][:, labels == k] for m in ("histodiffusion_selected", "real")))
+        here = [hits[m][:, labels == k] for m in ("histodiffusion_selected", "real")]
+        mean, low, high, p = gain_interval(*here) if here[0].size else (float("nan"),)*4  # none in the test split
         rows.append(dict(zip(("class", "patches", "recall_real", "gain", "gain_ci_low", "gain_ci_high", "gain_p"),
-                         (name, int((labels == k).sum()), hits["real"][:, labels == k].mean(), mean, low, high, p))))
+                         (name, int((labels == k).sum()), here[1].mean() if here[1].size else float("nan"), mean, low, high, p))))
     shares = {m: np.mean([confusion_matrix(labels, p.argmax(1), labels=range(len(classes)), normalize="true") for p in posteriors[m]], 0)
               for m in hits}
     table = pd.DataFrame(rows)
@@ -396,10 +382,10 @@ def _audit_patches(run, yardstick, images, targets, labelled):
                            if (targets == k).any() else float("nan")} for k, c in enumerate(labelled.classes)])
     write_table(noise, run.results/"label_noise", "Selected patches whose class a referee, trained on all training labels, disputes.")
     if not len(images):
-        write_table(pd.DataFrame(columns=["encoder", "patches", "n"]), run.results/"memorisation", "No patch was selected.")
+        write_table(pd.DataFrame(columns=["encoder", "share", "expected_share"]), run.results/"memorisation", "No patch was selected.")
         return
-    table, (distance, nearest) = _memorisation(run, yardstick, images, labelled)
-    write_table(table, run.results/"memorisation", "Cosine distance of selected and of validation patches to the nearest labelled patch.")
+    table, (distance, nearest) = _memorisation(yardstick, images, labelled)
+    write_table(table, run.results/"memorisation", "Selected patches nearer to a labelled patch than all but 1 % of validation patches; distances of features of length 1.")
     closest = np.argsort(distance)[:10]
     if may_show(run.dataset):
         save_figure(plot_pairs(images[closest], labelled.images[nearest[closest]], distance[closest]), run.figures/"closest_pairs")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEED_COLUMNS', 'TABLE_COLUMNS', 'classification_metrics', 'paired_interval', 'gain_interval', 'holm', 'mcnemar',
            'summarise_methods', 'frechet_distance', 'kernel_distance', 'precision_recall_density_coverage',
-           'image_quality', 'nearest_distances', 'near_copies', 'write_table']
+           'image_quality', 'nearest_neighbours', 'near_copies', 'write_table']
 
 # %% ../nbs/library/19_metrics.ipynb #916c378e
 from pathlib import Path
@@ -80,6 +80,7 @@ def gain_interval(
     (n, m), mean = d.shape, float(d.mean())
     if n < 2: return mean, float("nan"), float("nan"), float("nan")
     by_seed, by_patch = d.mean(1), d.mean(0)
+    if m == 1: return *paired_interval(d[:, 0], 0*d[:, 0], confidence), float(stats.ttest_1samp(d[:, 0], 0).pvalue)
     seeds, patches = by_seed.var(ddof=1)/n, by_patch.var(ddof=1)/m
     rest = ((d - by_seed[:, None] - by_patch + mean)**2).sum()/((n - 1)*(m - 1)*n*m)  # counted in both
     variance = max(seeds + patches - rest, seeds, patches)
@@ -256,18 +257,18 @@ def image_quality(
     return row
 
 # %% ../nbs/library/19_metrics.ipynb #7604c672
-def nearest_distances(
+def nearest_neighbours(
     a:np.ndarray, # (N, D) features
     b:np.ndarray, # (M, D) features, by the same encoder
     chunk:int=1024, # rows of `a` at a time
-) -> np.ndarray: # (N,) distances, 0..2
-    "Distance from each row of `a` to the nearest row of `b`, between features of length 1."
+) -> tuple: # (N,) distances, 0..2, and (N,) rows of `b`
+    "The nearest row of `b` to each row of `a`, between features of length 1."
     a, b = unit_features(a), unit_features(b)
     if not len(b) or a.shape[1] != b.shape[1]:
         raise HistoDiffusionError(f"There is no nearest of {b.shape} to {a.shape}: give features of one encoder, at "
                                   "least one row.")
-    near = [(a[i:i + chunk] @ b.T).max(1) for i in range(0, len(a), chunk)]
-    return np.sqrt(np.maximum(2 - 2*np.concatenate([np.zeros(0), *near]), 0))
+    which = np.concatenate([np.zeros(0, int), *((a[i:i + chunk] @ b.T).argmax(1) for i in range(0, len(a), chunk))])
+    return np.sqrt(np.maximum(2 - 2*(a*b[which]).sum(1), 0)), which
 
 def near_copies(
     synthetic_features:np.ndarray, # (M, D) features of the synthetic patches
@@ -278,8 +279,7 @@ def near_copies(
     "Share of synthetic patches nearer to a training patch than all but a percentile of unseen real ones."
     if len(held_out_features) < 2:
         raise HistoDiffusionError("Near copies need held-out real patches as a yardstick: give two or more.")
-    synthetic = nearest_distances(synthetic_features, train_features)
-    held_out = nearest_distances(held_out_features, train_features)
+    synthetic, held_out = (nearest_neighbours(f, train_features)[0] for f in (synthetic_features, held_out_features))
     threshold = float(np.percentile(held_out, percentile))
     return dict(share=float((synthetic < threshold).mean()) if len(synthetic) else 0., expected_share=percentile/100,
                 threshold=threshold, median_synthetic=float(np.median(synthetic)) if len(synthetic) else float("nan"),

@@ -54,9 +54,9 @@ def _cost(table):
 def _safe(copies, noise, calibration, classes):
     "Sentences on copies, labels, confidence and classes."
     lines = []
-    if "share_nearer_than_1_in_100_real" in copies:
-        for r in copies[copies.patches == "synthetic"].itertuples():
-            lines.append(f"Copies, in features of `{r.encoder}`: {r.share_nearer_than_1_in_100_real:.1%} of the selected patches lie "
+    if len(copies):
+        for r in copies.itertuples():
+            lines.append(f"Copies, in features of `{r.encoder}`: {r.share:.1%} of the selected patches lie "
                          "nearer to a labelled patch than 99 % of unseen real patches do; 1 % is to be expected of patches as new.")
     else: lines.append("No patch was selected, so there is nothing to copy.")
     wrong = (noise.disputed_share*noise.patches).sum()/max(1, noise.patches.sum())

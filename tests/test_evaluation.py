@@ -6,7 +6,9 @@ import pandas as pd
 import pytest
 
 from histodiffusion import ablations, evaluation, stages
-from histodiffusion.metrics import classification_metrics
+from histodiffusion.figures import figure_2
+from histodiffusion.metrics import classification_metrics, nearest_neighbours
+from histodiffusion.phantom import phantom_patches
 from histodiffusion.reproduce import plan
 from histodiffusion.runs import STAGES, Run, stage_folder
 
@@ -76,5 +78,16 @@ def test_variants_share_what_they_do_not_change():
 
 def test_neighbours_are_the_nearest_by_angle():
     known = np.array([[1., 0.], [0., 1.], [-1., 0.]])
-    distance, i = evaluation.neighbours(np.array([[9., 1.], [-.1, 5.]]), known)
-    assert i.tolist() == [0, 1] and distance == pytest.approx([1 - 9/82**.5, 1 - 5/25.01**.5])
+    distance, i = nearest_neighbours(np.array([[9., 1.], [-.1, 5.]]), known)
+    assert i.tolist() == [0, 1] and distance**2/2 == pytest.approx([1 - 9/82**.5, 1 - 5/25.01**.5])
+
+
+def test_a_class_that_the_test_split_lacks_has_no_gain():
+    labels, sure = np.array([0, 0, 1]), np.eye(3)[[0, 1, 1]]
+    table, confusion = evaluation._by_class(labels, dict(real=[sure]*3, histodiffusion_selected=[np.eye(3)[labels]]*3), "abc")
+    assert table.gain.tolist()[:2] == [.5, 0] and np.isnan(table.gain[2]) and confusion.shape == (3, 3)
+
+
+def test_figure_2_needs_no_real_patch_where_they_may_not_be_shown():
+    drawn = {c: phantom_patches([k], size=32) for k, c in enumerate("ab")}
+    assert figure_2({}, {"selected": drawn}, ("a", "b")).axes
