@@ -25,7 +25,7 @@ from .datasets import labelled_fraction
 from .diffusion import LatentSampler, noise_schedule, train_diffusion
 from .evaluation import Yardstick, read_hits
 from .features import encode_images
-from .figures import plot_ablation, plot_adaptation, plot_variants, save_figure
+from .figures import plot_ablation, plot_adaptation, plot_quality_seconds, plot_variants, save_figure
 from .latent_classifier import (LabelledLatents, LatentClassifier, classifier_from_unet, d4_images, noise_report,
                                               train_latent_classifier)
 from .metrics import TABLE_COLUMNS, near_copies, summarise_methods, write_table
@@ -147,12 +147,13 @@ def ablation_sampling(
     run:Run,
     folder, # given by the decorator
 ):
-    "Write the grid's tables and draw its figure."
+    "Write the grid's tables and draw its figures."
     grid = run.folder("sampling_grid")
     table, classifiers = pd.read_csv(grid/"grid.csv"), pd.read_csv(grid/"classifiers.csv")
     write_table(table, run.results/"ablation_sampling", "One choice in sampling changed at a time; distances to validation patches.")
     write_table(classifiers, run.results/"ablation_classifier", "Latent classifiers on validation latents, by noise level.")
     save_figure(plot_ablation(table, classifiers), run.figures/"ablation_sampling")
+    save_figure(plot_quality_seconds(table), run.figures/"quality_seconds")
 
 # %% ../nbs/library/25_ablations.ipynb #7e2e3c9b
 ADAPTATION_MODES = ("guidance_only", "labelled_whole", "labelled_lora", "training_whole")

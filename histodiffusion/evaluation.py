@@ -27,8 +27,8 @@ from .features import encode_images, encoder_names, load_encoder
 from .figures import figure_2 as draw_figure_2
 from .figures import method_diagram, plot_calibration, plot_class_gain, plot_feature_map, plot_pairs, save_figure
 from .latent_classifier import LabelledLatents
-from .metrics import (classification_metrics, gain_interval, holm, image_quality, near_copies, nearest_neighbours, summarise_methods,
-                                    write_table)
+from .metrics import (classification_metrics, gain_interval, holm, image_quality, near_copies, nearest_neighbours,
+                                    summarise_methods, write_table)
 from .runs import STAGES, Run, provenance_path, stage
 from .sampling import ClassifierFreeGuidance, load_pipeline, make_scheduler, synthesize_patches
 from .stages import (backbone_config, chosen_patches, load_backbone, measure_methods, read_labelled, read_split,
@@ -385,7 +385,8 @@ def _audit_patches(run, yardstick, images, targets, labelled):
         write_table(pd.DataFrame(columns=["encoder", "share", "expected_share"]), run.results/"memorisation", "No patch was selected.")
         return
     table, (distance, nearest) = _memorisation(yardstick, images, labelled)
-    write_table(table, run.results/"memorisation", "Selected patches nearer to a labelled patch than all but 1 % of validation patches; distances of features of length 1.")
+    write_table(table, run.results/"memorisation",
+                "Selected patches nearer to a labelled patch than all but 1 % of validation patches; distances of features of length 1.")
     closest = np.argsort(distance)[:10]
     if may_show(run.dataset):
         save_figure(plot_pairs(images[closest], labelled.images[nearest[closest]], distance[closest]), run.figures/"closest_pairs")

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 
 from .core import write_text
-from .figures import plot_quality_seconds, save_figure
 from .runs import Run, stage
 
 # %% ../nbs/library/26_report.ipynb #fd74aca2
@@ -106,4 +105,3 @@ def report(
     body = [f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines) + f"\n\nFrom {source}.\n"
             for title, (lines, source) in parts.items()]
     write_text(run.results/"report.md", "\n".join([head, *body]))
-    save_figure(plot_quality_seconds(read("ablation_sampling")), run.figures/"quality_seconds")

@@ -55,14 +55,15 @@ def plan(
     "Every notebook that a run's results need."
     if seeds: run = Run(**run.parameters | dict(overrides=run.overrides | dict(seeds=list(seeds))))
     pairs = _jobs_of(run, targets)
-    return [_job(s, r, f"{i}/{len(pairs)}") for i, (s, r) in enumerate(pairs, 1)]
+    return [_job(s, r, f"{i}/{len(pairs)}", {s for s, _ in pairs}) for i, (s, r) in enumerate(pairs, 1)]
 
-def _job(stage, run, place):
-    "One job of a plan."
+def _job(stage, run, place, wanted):
+    "One job of a plan, after the stages that it reads and those of the plan that come before it."
     spec, done = STAGES[stage], provenance_path(run, stage)
+    first = run.inputs(stage) + [(s, run) for s in spec.after if s in wanted]
     tag = f"-{run.seed}" if spec.per_seed else ""
     return Job(name=stage + tag.replace("-", "_"), stage=stage, notebook=spec.notebook, parameters=run.parameters,
-               inputs=tuple(_path(provenance_path(r, u)) for u, r in run.inputs(stage)),
+               inputs=tuple(_path(provenance_path(r, u)) for u, r in first),
                outputs=(_path(done), *(_path(done.parent/o) for o in spec.outputs)),
                executed=_path(run.results/"notebooks"/f"{stage}{tag}.ipynb"), key=run.key(stage), done=run.done(stage),
                alone=run.profile != "smoke" or stage in ("autoencoder", "diffusion"), place=place)

@@ -33,6 +33,7 @@ class StageSpec:
     seeds: str = "own" # seeds of its upstream stages: 'own', 'first' or 'all'
     outputs: tuple = () # files of a final stage, which lie among the run's tables or figures
     place: str = "artefacts" # 'artefacts', 'results' or 'figures'
+    after: tuple = () # stages that come first where a plan has them, though it does not need them
 
     @property
     def notebook(self): return f"nbs/experiments/{self.name}.ipynb"
@@ -95,10 +96,11 @@ _COMPARED = (
                       "ablation_fractions", "ablation_finetune_steps"), per_seed=False, seeds="first"))
 
 # %% ../nbs/library/22_runs.ipynb #6d2405c6
-def _final(name, what, command, upstream, seeds="all", place="results", outputs=None, fields=()):
+def _final(name, what, command, upstream, seeds="all", place="results", outputs=None, fields=(), after=()):
     "A stage that writes among the run's tables or figures."
     outputs = outputs or ((f"{name}.csv", f"{name}.md") if place == "results" else (f"{name}.svg", f"{name}.png"))
-    return StageSpec(name, what, ", ".join(outputs), command, upstream, fields, per_seed=False, seeds=seeds, outputs=outputs, place=place)
+    return StageSpec(name, what, ", ".join(outputs), command, upstream, fields, per_seed=False, seeds=seeds, outputs=outputs,
+                     place=place, after=after)
 
 _FINAL = (
     _final("table_1", "put the metrics of all methods and seeds together", "evaluate", ("augment", "compare"), fields=("seeds",)),
@@ -120,7 +122,8 @@ _FINAL = (
         ("ratio", "vary the number of synthetic patches", ("ablation_ratios",)),
         ("backbone", "vary the network that is trained on them", ("ablation_backbones",)))),
     _final("report", "answer in sentences whether it helped, by how much, at what cost, and whether it is safe", "evaluate",
-           ("table_1", "table_2", "table_3", "figure_2", "audit", "ablation_sampling"), outputs=("report.md",), fields=("seeds",)))
+           ("table_1", "table_2", "table_3", "figure_2", "audit"), outputs=("report.md",), fields=("seeds",),
+           after=tuple(f"ablation_{n}" for n in ("sampling", "adaptation", "labels", "pretraining", "selection", "ratio", "backbone"))))
 STAGES: dict[str, StageSpec] = {s.name: s for s in (*_SHARED, *_ADAPTED, *_COMPARED, *_FINAL)}
 RESULTS = tuple(s.name for s in _FINAL)  # what a whole run arrives at
 
