@@ -289,7 +289,8 @@ def _pretraining(run):
     c, sets = run.knobs, run.pretrain_sets
     pools = [("unlabelled patches", n, _one(run, pretrain_patches=n)) for n in sorted({*c.ablation_pools, c.pretrain_patches})]
     counts = sorted({min(k, len(sets)) for k in (*c.ablation_sets, len(sets))})
-    return pools + [("pre-training sets", k, _one(run, pretrain_sets=sets[:k])) for k in counts]
+    counts = [("pre-training sets", k, _one(run, pretrain_sets=sets[:k])) for k in counts]
+    return [v for axis in (pools, counts) if len(axis) > 1 for v in axis] or pools
 
 def _selection(run):
     c = run.knobs

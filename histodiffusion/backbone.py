@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_transform
+from timm.models import is_model_in_modules
 
 from .core import HistoDiffusionError, derive_seed, get_device, progress
 from .features import lite0_weights
@@ -51,6 +52,7 @@ def build_backbone(
         raise HistoDiffusionError(f"Unknown backbone '{name}': use efficientnet_lite0 or a name of timm.list_models(), such as resnet10t.")
     config = timm.get_pretrained_cfg(name)  # of its published weights, which are not loaded
     sized = dict(img_size=size) if config and config.fixed_input_size else {}
+    if size < 128 and is_model_in_modules(name, ["vision_transformer"]): sized["patch_size"] = max(4, size//8)
     return timm.create_model(name, num_classes=n_classes, in_chans=channels, **sized)
 
 def _packaged(n_classes, channels):

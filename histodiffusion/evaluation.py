@@ -19,7 +19,7 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import confusion_matrix
 
 from .audit import may_show
-from .backbone import build_backbone, predict, train_backbone
+from .backbone import BackboneConfig, build_backbone, predict, train_backbone
 from .baselines import colour_features, linear_probe, sample_gan, train_gan, train_told
 from .core import derive_seed, load_tensors, read_json, save_tensors, write_json
 from .diffusion import build_unet, noise_schedule
@@ -123,8 +123,10 @@ def referee(
     folder:Path, # given by the decorator
 ):
     "Train a backbone on all training labels, to measure synthetic patches with; no method sees it or them."
-    train, validation = read_split(run, "train"), read_split(run, "validation")
-    net = train_backbone(train.images, train.labels, len(train.classes), backbone_config(run.with_seed(0)), desc="referee")
+    c, train, validation = run.config, read_split(run, "train"), read_split(run, "validation")
+    config = BackboneConfig(c.referee, c.referee_steps, c.backbone_batch, c.referee_lr, warmup=c.referee_steps//20,
+                            seed=derive_seed("referee", 0))
+    net = train_backbone(train.images, train.labels, len(train.classes), config, desc="referee")
     save_tensors(folder/"referee.safetensors", net.state_dict())
     write_json(folder/"metrics.json", classification_metrics(validation.labels, predict(net, validation.images)))
 
@@ -133,7 +135,7 @@ def load_referee(
 ) -> torch.nn.Module: # eval mode
     "The referee of a run's labelled set."
     c = run.config
-    net = build_backbone(c.backbone, len(read_split(run, "validation").classes), run.channels, c.image_size)
+    net = build_backbone(c.referee, len(read_split(run, "validation").classes), run.channels, c.image_size)
     net.load_state_dict(load_tensors(run.folder("referee")/"referee.safetensors"))
     return net.eval()
 
@@ -258,7 +260,7 @@ def stage_work(
         diffusion=(c.diffusion_steps, c.diffusion_steps*c.diffusion_batch),
         adapt=(c.finetune_steps + c.classifier_steps, fine + c.classifier_steps*c.classifier_batch),
         synthesize=(0, drawn + (drawn//4 if c.finetune_steps else 0)), real_only=(2*backbone, 2*backbone*c.backbone_batch),
-        augment=(new*backbone, new*backbone*c.backbone_batch), referee=(backbone, backbone*c.backbone_batch),
+        augment=(new*backbone, new*backbone*c.backbone_batch), referee=(c.referee_steps, c.referee_steps*c.backbone_batch),
         baselines=(c.gan_steps + 2*c.told_steps, 32*c.gan_steps + 2*told + 3*drawn),
         compare=(5*backbone, 5*backbone*c.backbone_batch), quality=(5*backbone, 5*backbone*c.backbone_batch))
 

@@ -79,13 +79,16 @@ class TargetKnobs:
 # %% ../nbs/library/21_profiles.ipynb #7d1902c5
 @dataclass(frozen=True)
 class BaselineKnobs:
-    "What HistoDiffusion is compared with."
+    "What HistoDiffusion is compared with, and who judges its patches."
     gan_steps: int = 30 # optimiser steps of the GAN on the labelled patches
     gan_lr: float = 4e-4 # learning rate of both its networks
     told_steps: int = 60 # steps of the diffusion models that are told the class
     told_lr: float = 5e-4 # their peak learning rate
     free_scale: float = 2. # scale of classifier-free guidance, >= 1; 1: none
     encoder_lr: float = 1e-3 # peak learning rate of the packaged encoder as backbone
+    referee: str = "test_resnet" # timm's name of the network that judges synthetic patches, trained on all training labels
+    referee_steps: int = 80 # optimiser steps
+    referee_lr: float = 4e-3 # peak learning rate
 
 # %% ../nbs/library/21_profiles.ipynb #c9a8a473
 @dataclass(frozen=True)
@@ -99,8 +102,8 @@ class AblationKnobs:
     ablation_finetune_steps: int = 20 # steps of fine-tuning in that ablation
     ablation_seeds: int = 1 # how many of the seeds, the first ones, whole runs are varied at
     ablation_labels: tuple = (.05,) # further label fractions at which the gain is measured
-    ablation_pools: tuple = (300,) # further numbers of unlabelled patches
-    ablation_sets: tuple = (1,) # further numbers of pre-training sets
+    ablation_pools: tuple = (1800,) # numbers of unlabelled patches
+    ablation_sets: tuple = (1,) # numbers of pre-training sets
     ablation_thresholds: tuple = (.9,) # further thresholds of selection
     ablation_ratios: tuple = (2.,) # further ratios of synthetic over real patches
     ablation_backbones: tuple = ("test_vit",) # further backbones
@@ -126,11 +129,11 @@ _SMALL = dict(
     autoencoder_steps=6000, autoencoder_batch=16, autoencoder_lr=2e-3,
     unet_channels=(64, 128, 256), unet_attention=(False, True, True), diffusion_steps=3000, diffusion_batch=64, diffusion_lr=8e-4,
     finetune_steps=600, classifier_steps=400, classifier_batch=64, classifier_lr=2e-3,
-    scheduler="unipc", sampler_steps=10, guidance_scale=8., samples_per_class=120,
+    scheduler="unipc", sampler_steps=10, guidance_scale=8., samples_per_class=240,
     backbone_steps=400, backbone_batch=64, precision="auto",
     ablation_per_class=10, ablation_scales=(0., 1., 2., 4., 8., 16.), ablation_steps=(5, 10, 25, 100),
     ablation_schedulers=("ddim", "ddpm", "dpmpp", "unipc", "euler", "heun"), ablation_fractions=(.02, .05, .2), ablation_finetune_steps=150,
-    ratios=(.5, 1., 2., 3.), gan_steps=800, told_steps=600, ablation_seeds=3, ablation_labels=(.01, .02, .1, .2, .5, 1.),
+    ratios=(.5, 1., 2., 3.), gan_steps=800, told_steps=600, referee_steps=400, ablation_seeds=3, ablation_labels=(.01, .02, .1, .2, .5, 1.),
     ablation_pools=(3000,), ablation_sets=(1, 2, 3), ablation_thresholds=(.3, .7, .9), ablation_ratios=(5., 10.),
     ablation_backbones=("resnet10t", "efficientnet_lite0"))
 _GPU = _SMALL | dict(

@@ -87,7 +87,7 @@ def _variants(k, seconds, more):
     chain = sum(seconds[s] for s in ("adapt", "synthesize", "real_only", "augment"))
     seeds, prior = min(len(k.seeds), k.ablation_seeds), seconds["autoencoder"] + seconds["diffusion"]
     return dict(ablation_labels=seeds*len(k.ablation_labels)*chain, ablation_ratio=seeds*(more + seconds["augment"]),
-                ablation_pretraining=(len(k.ablation_pools) + len(k.ablation_sets))*(prior + seeds*chain),
+                ablation_pretraining=(len({*k.ablation_pools} - {k.pretrain_patches}) + len(k.ablation_sets))*(prior + seeds*chain),
                 ablation_selection=seeds*(2 + len(k.ablation_thresholds))*seconds["augment"],
                 ablation_backbone=seeds*len(k.ablation_backbones)*5*(seconds["real_only"] + seconds["augment"]))
 
@@ -119,7 +119,8 @@ def work(
         diffusion=unet*k.diffusion_batch*k.diffusion_steps,
         adapt=unet*(k.diffusion_batch*k.finetune_steps + k.classifier_batch*k.classifier_steps), synthesize=draw(1.25*new),
         real_only=3*training, select=10, augment=2*len({*k.ratios, k.ratio})*training,
-        baselines=2*told + 2*draw(new) + .1*area*k.gan_steps, compare=3*training + 10*training*area, quality=6*training, referee=training,
+        baselines=2*told + 2*draw(new) + .1*area*k.gan_steps, compare=3*training + 10*training*area, quality=6*training,
+        referee=training*k.referee_steps/k.backbone_steps,
         sampling_grid=.8*unet*grid*k.ablation_per_class*classes, adaptation_grid=many)
     seconds |= _variants(k, seconds, draw(2*new))
     patch = 3*k.image_size**2

@@ -83,7 +83,7 @@ _COMPARED = (
               "metrics and posteriors of each baseline", "baselines", ("target_data", "synthesize", "select", "baselines"),
               fields=("encoder_lr",)),
     StageSpec("referee", "train a backbone on all training labels, to measure with", "weights of the referee", "ablate",
-              ("target_data",), _BACKBONE, per_seed=False),
+              ("target_data",), ("referee", "referee_steps", "referee_lr", "backbone_batch"), per_seed=False),
     StageSpec("quality", "measure the synthetic patches of every method", "a row for each method", "baselines",
               ("target_data", "synthesize", "real_only", "select", "baselines", "referee")),
     StageSpec("sampling_grid", "sample and measure every cell of the grid", "a row for each cell", "ablate",
