@@ -506,6 +506,7 @@ def plot_quality_seconds(
     "Class accuracy and kernel distance against seconds per patch, a line for each sampler."
     part = table[table.axis == "sampler"].assign(each=lambda d: d.seconds/d.patches)
     if part.empty: raise HistoDiffusionError("The table has no row of axis 'sampler': make it with ablations.sampling_grid.")
+    ticks = [t for e in range(-4, 4) for t in (10**e, 2*10**e, 5*10**e) if part.each.min()/1.4 <= t <= 1.4*part.each.max()]
     with figure_style():
         fig, axes = plt.subplots(1, 2, figsize=(FULL_WIDTH, 2.8))
         for (name, rows), marker in zip(part.groupby("scheduler", sort=False), "osD^vP"):
@@ -513,7 +514,7 @@ def plot_quality_seconds(
                 ax.plot(rows.each, rows[column], marker=marker, ms=4, lw=1.2, label=name)
         for ax, y in zip(axes, ("class accuracy (referee)", f"KID-{encoder.replace('_', ' ')}")):
             ax.set(xlabel="seconds per patch", ylabel=y)
-            _log_ticks(ax, [float(f"{v:.1g}") for v in part.each])
+            _log_ticks(ax, ticks)
         axes[0].set_ylim(0, 1.02)
         axes[0].legend(ncols=2)
     return fig
