@@ -64,7 +64,7 @@ class TargetKnobs:
     eta: float = 0. # noise added in sampling: 0 deterministic DDIM .. 1 as DDPM
     guidance_scale: float = 4. # s of the classifier guidance, >= 0
     guidance_interval: tuple = (0, 1000) # times t at which guidance acts, from (inclusive) .. to (exclusive)
-    samples_per_class: int = 12 # patches generated for each class
+    samples_per_class: int = 20 # patches generated for each class
     selection_rule: str = "both" # 'centroid', 'confidence', 'both' or 'random'
     selection_threshold: float = .5 # least probability of the target class, 0 < p <= 1
     selection_diversity: float = 0. # least distance between kept patches, share of the real ones' spacing; 0: any
