@@ -139,6 +139,7 @@ def load_referee(
     net.load_state_dict(load_tensors(run.folder("referee")/"referee.safetensors"))
     return net.eval()
 
+# %% ../nbs/library/24_evaluation.ipynb #1d87ef88
 class Yardstick:
     "Measures synthetic patches: classes by the referee, distances to validation patches by published encoders."
     def __init__(self,
