@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PERCEPTUAL', 'build_autoencoder', 'Lite0Distance', 'LPIPSDistance', 'perceptual_distance', 'marginal_divergence',
-           'AutoencoderLoss', 'PatchDiscriminator', 'AdversarialPair', 'AdversarialLoss', 'fold_deviation',
-           'encode_patches', 'decode_latents', 'psnr', 'ssim', 'stain_drift', 'train_autoencoder', 'reconstruct',
-           'reconstruction_quality']
+           'low_frequency_share', 'AutoencoderLoss', 'PatchDiscriminator', 'AdversarialPair', 'AdversarialLoss',
+           'fold_deviation', 'encode_patches', 'decode_latents', 'psnr', 'ssim', 'stain_drift', 'train_autoencoder',
+           'reconstruct', 'reconstruction_quality']
 
 # %% ../nbs/library/11_autoencoder.ipynb #7ec0c6b0
 from dataclasses import replace
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderDC
 from PIL import Image
 
@@ -82,8 +83,19 @@ def marginal_divergence(
     return .5*(mean.square() + variance - 1 - (variance + 1e-8).log()).mean()
 
 # %% ../nbs/library/11_autoencoder.ipynb #ba11911b
+def low_frequency_share(
+    z:torch.Tensor, # (B, C, h, h) latents
+    longest:float=2.5, # waves per side that still count as low
+) -> float: # 0..1
+    "Share of the variance, about each channel's mean, that low spatial frequencies hold."
+    z = z.float() - z.float().mean((0, 2, 3), keepdim=True)
+    power = torch.fft.fft2(z).abs().square().sum((0, 1))
+    waves = torch.fft.fftfreq(z.shape[-1], 1/z.shape[-1], device=z.device)
+    return float(power[torch.hypot(waves[:, None], waves[None]) < longest].sum()/power.sum())
+
+# %% ../nbs/library/11_autoencoder.ipynb #9f5a1af1
 class AutoencoderLoss:
-    "L1 + perceptual distance + divergence of the latents, on random crops of the patches."
+    "L1 + perceptual distance + divergence of the latents + scale equivariance, on random crops of the patches."
     def __init__(self,
         images:np.ndarray, # (N, H, W, C) uint8
         batch:int=16, # patches per step
@@ -91,10 +103,12 @@ class AutoencoderLoss:
         perceptual:str="lite0", # one of PERCEPTUAL
         perceptual_weight:float=.1, # w_p
         kl_weight:float=.1, # w_KL
+        equivariance_weight:float=0., # w_s, 0: none
         noise:float=.05, # deviation of the noise on latents, whose own is 1
     ):
         self.images, self.batch, self.crop = images, batch, min(crop, images.shape[1])
-        self.perceptual_weight, self.kl_weight, self.noise = perceptual_weight, kl_weight, noise
+        self.perceptual_weight, self.kl_weight, self.equivariance_weight = perceptual_weight, kl_weight, equivariance_weight
+        self.noise = noise
         self.distance = perceptual_distance(perceptual if perceptual_weight else "none")
 
     def crops(self, generator):
@@ -104,9 +118,13 @@ class AutoencoderLoss:
         return images_to_tensor(self.images[i, y:y + self.crop, x:x + self.crop]).to(get_device())
 
     def reconstruct(self, model, x):
-        "Reconstructions through noisy latents, and the latents' divergence."
+        "Reconstructions through noisy latents, and what the loss asks of the latents, by name and weighted."
         z = model.encode(x).latent
-        return model.decode(z + self.noise*torch.randn_like(z)).sample.float(), marginal_divergence(z)
+        decode = lambda z: model.decode(z + self.noise*torch.randn_like(z)).sample.float()
+        y, asked = decode(z), dict(kl=self.kl_weight*marginal_divergence(z))
+        if self.equivariance_weight:
+            asked["scale"] = self.equivariance_weight*(decode(F.avg_pool2d(z, 2)) - F.avg_pool2d(x, 2)).abs().mean()
+        return y, asked
 
     def compare(self, y, x):
         "L1 and perceptual distance of reconstructions."
@@ -114,10 +132,10 @@ class AutoencoderLoss:
 
     def __call__(self, model, generator):
         x = self.crops(generator)
-        y, kl = self.reconstruct(model, x)
+        y, asked = self.reconstruct(model, x)
         l1, perceptual = self.compare(y, x)
-        loss = l1 + self.perceptual_weight*perceptual + self.kl_weight*kl
-        return loss, dict(l1=l1.detach(), perceptual=perceptual.detach(), kl=kl.detach())
+        loss = l1 + self.perceptual_weight*perceptual + sum(asked.values())
+        return loss, dict(l1=l1.detach(), perceptual=perceptual.detach()) | {k: v.detach() for k, v in asked.items()}
 
 # %% ../nbs/library/11_autoencoder.ipynb #24daedbe
 class PatchDiscriminator(torch.nn.Sequential):
@@ -152,7 +170,7 @@ class AdversarialLoss(AutoencoderLoss):
 
     def __call__(self, model, generator):
         x, critic = self.crops(generator), model.discriminator
-        y, kl = self.reconstruct(model.autoencoder, x)
+        y, asked = self.reconstruct(model.autoencoder, x)
         leaf = y.detach().requires_grad_()
         l1, perceptual = self.compare(leaf, x)
         rebuild = l1 + self.perceptual_weight*perceptual
@@ -161,8 +179,9 @@ class AdversarialLoss(AutoencoderLoss):
         push = push + self.weight*push.norm()/(fool.norm() + 1e-12)*fool
         judge = (1 - critic(x).float()).relu().mean() + (1 + critic(leaf.detach()).float()).relu().mean()
         carrier = (y*push).sum()  # its gradient at y is `push`
-        loss = rebuild.detach() + carrier - carrier.detach() + self.kl_weight*kl + judge
-        return loss, dict(l1=l1.detach(), perceptual=perceptual.detach(), kl=kl.detach(), critic=judge.detach())
+        loss = rebuild.detach() + carrier - carrier.detach() + sum(asked.values()) + judge
+        told = dict(l1=l1, perceptual=perceptual, critic=judge) | asked
+        return loss, {k: v.detach() for k, v in told.items()}
 
 # %% ../nbs/library/11_autoencoder.ipynb #f482c6ab
 @torch.no_grad()

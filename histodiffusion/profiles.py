@@ -37,6 +37,7 @@ class PriorKnobs:
     critic_weight: float = 0. # push of the patch discriminator as a share of the reconstruction's, >= 0; 0: none
     critic_start: float = .6 # share of the steps after which it joins, 0..1
     kl_weight: float = .1 # weight of the divergence of the latents from N(0, 1), >= 0
+    equivariance_weight: float = .25 # weight of scale equivariance, which keeps latents smooth, >= 0
     unet_channels: tuple = (32, 64) # width of each level of the U-Net
     unet_layers: int = 1 # residual blocks per level
     unet_attention: tuple = (False, True) # self-attention at each level
@@ -178,8 +179,8 @@ def _as_type(name, value, like):
 def _check(p):
     "Refuse values that no run can use."
     downs = len(p.autoencoder_channels) + len(p.unet_channels) - 1
-    zero = ("perceptual_weight", "selection_diversity", "critic_weight", "critic_start", "kl_weight", "min_snr_gamma",
-            "finetune_steps", "eta", "guidance_scale")
+    zero = ("perceptual_weight", "selection_diversity", "critic_weight", "critic_start", "kl_weight", "equivariance_weight",
+            "min_snr_gamma", "finetune_steps", "eta", "guidance_scale")
     low = [k for k, v in p.knobs().items() if type(v) in (int, float) and (v < 0 or v == 0 and k not in zero)]
     problems = {
         f"{', '.join(low)} must be greater than 0": low,

@@ -48,7 +48,7 @@ _SHARED = (
               ("pretraining_data",), per_seed=False,
               fields=("autoencoder_channels", "autoencoder_layers", "latent_channels", "latent_channels_grey", "autoencoder_steps",
                       "autoencoder_batch", "autoencoder_crop", "autoencoder_lr", "perceptual", "perceptual_weight",
-                      "critic_weight", "critic_start", "kl_weight", "precision")),
+                      "critic_weight", "critic_start", "kl_weight", "equivariance_weight", "precision")),
     StageSpec("diffusion", "train the unlabelled diffusion prior on latents", "U-Net, scheduler", "pretrain",
               ("pretraining_data", "autoencoder"), per_seed=False,
               fields=("unet_channels", "unet_layers", "unet_attention", "prediction", "min_snr_gamma",

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from .audit import split_groups
-from .autoencoder import decode_latents, encode_patches, psnr, train_autoencoder
+from .autoencoder import decode_latents, encode_patches, low_frequency_share, psnr, train_autoencoder
 from .backbone import BackboneConfig, build_backbone, features_and_posteriors, predict, train_backbone
 from .core import derive_seed, load_tensors, read_json, save_tensors, write_json
 from .datasets import PatchSet, labelled_fraction, load_patches, split_patches, unlabelled_pool
@@ -102,11 +102,13 @@ def autoencoder(
     fitted = train_autoencoder(
         pool[:-held], c.autoencoder_channels, c.latent_channels if run.channels == 3 else c.latent_channels_grey, c.autoencoder_layers,
         dict(batch=c.autoencoder_batch, crop=c.autoencoder_crop, perceptual=c.perceptual, perceptual_weight=c.perceptual_weight,
-             kl_weight=c.kl_weight), c.critic_weight, c.critic_start,
+             kl_weight=c.kl_weight, equivariance_weight=c.equivariance_weight), c.critic_weight, c.critic_start,
         FitConfig(c.autoencoder_steps, c.autoencoder_lr, warmup=c.autoencoder_steps//30, precision=c.precision), folder)
     fitted.model.save_pretrained(folder/"model")
-    back = decode_latents(fitted.model, encode_patches(fitted.model, pool[-held:]))
-    write_json(folder/"metrics.json", dict(psnr_held_out=psnr(back, pool[-held:]), held_out=held, history=fitted.history,
+    latents = encode_patches(fitted.model, pool[-held:])
+    back = decode_latents(fitted.model, latents)
+    write_json(folder/"metrics.json", dict(psnr_held_out=psnr(back, pool[-held:]), held_out=held,
+                                           low_frequency_share=low_frequency_share(latents), history=fitted.history,
                                            training_seconds=fitted.seconds, precision=fitted.precision))
 
 # %% ../nbs/library/23_stages.ipynb #8500c375
