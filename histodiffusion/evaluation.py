@@ -22,6 +22,7 @@ from .audit import may_show
 from .backbone import BackboneConfig, build_backbone, predict, train_backbone
 from .baselines import colour_features, linear_probe, sample_gan, train_gan, train_told
 from .core import derive_seed, load_tensors, read_json, save_tensors, write_json
+from .datasets import PatchSet
 from .diffusion import build_unet, noise_schedule
 from .features import encode_images, encoder_names, load_encoder
 from .figures import figure_2 as draw_figure_2
@@ -32,7 +33,7 @@ from .metrics import (classification_metrics, gain_interval, holm, image_quality
 from .runs import STAGES, Run, provenance_path, stage
 from .sampling import ClassifierFreeGuidance, load_pipeline, make_scheduler, synthesize_patches
 from .stages import (backbone_config, chosen_patches, load_backbone, measure_methods, read_labelled, read_split,
-                                   read_synthetic, with_patches)
+                                   read_synthetic, synthetic_counts, with_patches)
 from .training import FitConfig
 
 # %% ../nbs/library/24_evaluation.ipynb #21643a98
@@ -68,9 +69,9 @@ def baselines(
     run:Run,
     folder:Path, # given by the decorator
 ):
-    "Train other generators on the labelled patches, and draw candidates of each class."
+    "Train other generators on the labelled patches, and draw as many patches of each class as are added."
     labelled = read_labelled(run)
-    labels = np.tile(np.arange(len(labelled.classes)), run.config.samples_per_class)
+    labels = np.repeat(np.arange(len(labelled.classes)), synthetic_counts(labelled, run.config.ratio))
     for name, draw in GENERATORS.items():
         if (path := folder/f"{name}.safetensors").exists(): continue  # an earlier attempt got this far
         images, fitted = draw(run, labelled, labels, folder)
@@ -79,14 +80,10 @@ def baselines(
 def read_baseline(
     run:Run,
     name:str, # a key of GENERATORS
-    ratio:float|None=None, # synthetic over real labelled patches, class by class; None: all candidates
 ) -> tuple: # (M, H, W, C) uint8 patches and (M,) labels
-    "The first candidates of a baseline."
-    s = {k: v.numpy() for k, v in load_tensors(run.folder("baselines")/f"{name}.safetensors").items()}
-    if ratio is None: return s["images"], s["labels"]
-    wanted = read_json(run.folder("select")/"chosen.json")["wanted"][f"{ratio:g}"]
-    i = np.concatenate([np.flatnonzero(s["labels"] == k)[:n] for k, n in enumerate(wanted)])
-    return s["images"][i], s["labels"][i]
+    "The patches of a baseline, at the ratio of the profile."
+    s = load_tensors(run.folder("baselines")/f"{name}.safetensors")
+    return s["images"].numpy(), s["labels"].numpy()
 
 # %% ../nbs/library/24_evaluation.ipynb #93bb9e36
 ENCODER = "efficientnet_lite0"  # the packaged one
@@ -108,7 +105,7 @@ def compare(
 ):
     "Test classifiers of other generators' patches, of colour alone, and of the packaged encoder."
     c = run.config
-    methods = {(n, c.ratio): with_patches(run, read_baseline(run, n, c.ratio), desc=f"backbone ({n})") for n in GENERATORS}
+    methods = {(n, c.ratio): with_patches(run, read_baseline(run, n), desc=f"backbone ({n})") for n in GENERATORS}
     methods |= {(f"colour_{kind}", 0.): _colour(run, kind) for kind in ("mean", "histogram")}
     methods["frozen_encoder", 0.] = _frozen(run)
     tuned = replace(backbone_config(run), name=ENCODER, learning_rate=c.encoder_lr)
@@ -164,8 +161,8 @@ def synthetic_sets(
     run:Run,
 ) -> dict: # method -> (M, H, W, C) uint8 patches and (M,) labels
     "The patches that each method adds, at the ratio of the baselines; real labelled ones first."
-    labelled, ratio = read_labelled(run), run.config.ratio
-    sets = dict(real=(labelled.images, labelled.labels)) | {n: read_baseline(run, n, ratio) for n in GENERATORS}
+    labelled = read_labelled(run)
+    sets = dict(real=(labelled.images, labelled.labels)) | {n: read_baseline(run, n) for n in GENERATORS}
     sets |= {f"histodiffusion_{kind}": chosen_patches(run, kind) for kind in ("random", "selected")}
     return {n: s for n, s in sets.items() if s[0] is not None}
 
@@ -250,10 +247,10 @@ def table_2(
 # %% ../nbs/library/24_evaluation.ipynb #5781195f
 def stage_work(
     c, # knobs of a profile
-    classes:int, # K
+    labelled:PatchSet, # the labelled patches of one seed
 ) -> dict: # stage -> (optimiser steps, images or latents that they see, or that are drawn)
     "What each stage does, counted."
-    drawn, backbone = c.samples_per_class*classes, c.backbone_steps
+    drawn, added, backbone = c.samples_per_class*len(labelled.classes), synthetic_counts(labelled, c.ratio).sum(), c.backbone_steps
     fine, told = c.finetune_steps*c.diffusion_batch, c.told_steps*c.diffusion_batch
     new = 2*len({*c.ratios, c.ratio})
     return dict(
@@ -262,7 +259,7 @@ def stage_work(
         adapt=(c.finetune_steps + c.classifier_steps, fine + c.classifier_steps*c.classifier_batch),
         synthesize=(0, drawn + (drawn//4 if c.finetune_steps else 0)), real_only=(2*backbone, 2*backbone*c.backbone_batch),
         augment=(new*backbone, new*backbone*c.backbone_batch), referee=(c.referee_steps, c.referee_steps*c.backbone_batch),
-        baselines=(c.gan_steps + 2*c.told_steps, 32*c.gan_steps + 2*told + 3*drawn),
+        baselines=(c.gan_steps + 2*c.told_steps, 32*c.gan_steps + 2*told + 3*added),
         compare=(5*backbone, 5*backbone*c.backbone_batch), quality=(5*backbone, 5*backbone*c.backbone_batch))
 
 # %% ../nbs/library/24_evaluation.ipynb #fd9947f3
@@ -272,7 +269,7 @@ def table_3(
     folder:Path, # given by the decorator
 ):
     "Write Table 3: what each stage costs."
-    made, work = {}, stage_work(run.knobs, len(read_split(run.inputs("table_3")[0][1], "train").classes))
+    made, work = {}, stage_work(run.knobs, read_labelled(run.inputs("table_3")[0][1]))
     def visit(name, r):
         if (path := provenance_path(r, name)) in made: return
         made[path] = name

@@ -28,7 +28,7 @@ class PriorKnobs:
     autoencoder_layers: int = 1 # residual blocks per level
     latent_channels: int = 6 # channels of a latent of colour patches
     latent_channels_grey: int = 2 # the same, of grey patches
-    autoencoder_steps: int = 150 # optimiser steps
+    autoencoder_steps: int = 120 # optimiser steps
     autoencoder_batch: int = 8 # crops per step
     autoencoder_crop: int = 32 # side of the crops it trains on, px
     autoencoder_lr: float = 2e-3 # peak learning rate
@@ -43,7 +43,7 @@ class PriorKnobs:
     unet_attention: tuple = (False, True) # self-attention at each level
     prediction: str = "epsilon" # 'epsilon' or 'v_prediction'
     min_snr_gamma: float = 5. # min-SNR weighting; 0: none
-    diffusion_steps: int = 200 # optimiser steps
+    diffusion_steps: int = 150 # optimiser steps
     diffusion_batch: int = 32 # latents per step
     diffusion_lr: float = 1e-3 # peak learning rate
 
@@ -51,17 +51,17 @@ class PriorKnobs:
 @dataclass(frozen=True)
 class TargetKnobs:
     "Adaptation to the labelled set, sampling, selection and the backbone."
-    finetune_steps: int = 40 # steps of the U-Net on the labelled patches; 0: guidance alone
+    finetune_steps: int = 30 # steps of the U-Net on the labelled patches; 0: guidance alone
     finetune_lr: float = 2e-4 # peak learning rate
     finetune_mode: str = "whole" # 'whole': all weights of the U-Net, or 'lora': low-rank changes
     finetune_data: str = "labelled" # 'labelled' patches, or 'training': all training patches of the target, labels unseen
     lora_rank: int = 16 # of the low-rank changes
-    classifier_steps: int = 60 # steps of the latent classifier
+    classifier_steps: int = 50 # steps of the latent classifier
     classifier_batch: int = 32 # latents per step
     classifier_lr: float = 5e-4 # peak learning rate
     classifier_mode: str = "noise_aware" # 'noise_aware', or 'clean' as in the reference code
     scheduler: str = "ddim" # sampler, by its name in `sampling`
-    sampler_steps: int = 10 # U-Net evaluations per patch
+    sampler_steps: int = 8 # U-Net evaluations per patch
     eta: float = 0. # noise added in sampling: 0 deterministic DDIM .. 1 as DDPM
     guidance_scale: float = 4. # s of the classifier guidance, >= 0
     guidance_interval: tuple = (0, 1000) # times t at which guidance acts, from (inclusive) .. to (exclusive)
@@ -70,7 +70,7 @@ class TargetKnobs:
     selection_threshold: float = .5 # least probability of the target class, 0 < p <= 1
     selection_diversity: float = 0. # least distance between kept patches, share of the real ones' spacing; 0: any
     backbone: str = "test_resnet" # timm's name of the downstream classifier; test_resnet is its small residual network of 0.4 M weights
-    backbone_steps: int = 60 # optimiser steps
+    backbone_steps: int = 50 # optimiser steps
     backbone_batch: int = 32 # patches per step
     backbone_lr: float = 4e-3 # peak learning rate
     ratio: float = 1. # synthetic over real labelled patches, > 0; the baselines' too
@@ -81,14 +81,14 @@ class TargetKnobs:
 @dataclass(frozen=True)
 class BaselineKnobs:
     "What HistoDiffusion is compared with, and who judges its patches."
-    gan_steps: int = 30 # optimiser steps of the GAN on the labelled patches
+    gan_steps: int = 20 # optimiser steps of the GAN on the labelled patches
     gan_lr: float = 4e-4 # learning rate of both its networks
-    told_steps: int = 40 # steps of the diffusion models that are told the class
+    told_steps: int = 30 # steps of the diffusion models that are told the class
     told_lr: float = 5e-4 # their peak learning rate
     free_scale: float = 2. # scale of classifier-free guidance, >= 1; 1: none
     encoder_lr: float = 1e-3 # peak learning rate of the packaged encoder as backbone
     referee: str = "test_resnet" # timm's name of the network that judges synthetic patches, trained on all training labels
-    referee_steps: int = 60 # optimiser steps
+    referee_steps: int = 50 # optimiser steps
     referee_lr: float = 4e-3 # peak learning rate
 
 # %% ../nbs/library/21_profiles.ipynb #c9a8a473
@@ -98,15 +98,15 @@ class AblationKnobs:
     ablation_per_class: int = 4 # patches drawn for each class in each cell
     ablation_scales: tuple = (0., 4.) # guidance scales
     ablation_schedulers: tuple = ("ddim", "dpmpp") # samplers, by their names in `sampling`
-    ablation_steps: tuple = (5, 10) # sampler steps, tried with each sampler
+    ablation_steps: tuple = (4, 8) # sampler steps, tried with each sampler
     ablation_fractions: tuple = (.1,) # label fractions at which ways to adapt are tried
-    ablation_finetune_steps: int = 20 # steps of fine-tuning in that ablation
+    ablation_finetune_steps: int = 15 # steps of fine-tuning in that ablation
     ablation_seeds: int = 1 # how many of the seeds, the first ones, whole runs are varied at
     ablation_labels: tuple = (.05,) # further label fractions at which the gain is measured
     ablation_pools: tuple = (1800,) # numbers of unlabelled patches
     ablation_sets: tuple = (1,) # numbers of pre-training sets
     ablation_thresholds: tuple = (.9,) # further thresholds of selection
-    ablation_ratios: tuple = (2.,) # further ratios of synthetic over real patches
+    ablation_ratios: tuple = (1.5,) # further ratios of synthetic over real patches
     ablation_backbones: tuple = ("test_vit",) # further backbones
 
 # %% ../nbs/library/21_profiles.ipynb #ddf37e2c

@@ -66,7 +66,7 @@ def _job(stage, run, place, wanted):
                inputs=tuple(_path(provenance_path(r, u)) for u, r in first),
                outputs=(_path(done), *(_path(done.parent/o) for o in spec.outputs)),
                executed=_path(run.results/"notebooks"/f"{stage}{tag}.ipynb"), key=run.key(stage), done=run.done(stage),
-               alone=run.profile != "smoke" or stage in ("autoencoder", "diffusion"), place=place)
+               alone=run.profile != "smoke", place=place)
 
 # %% ../nbs/library/28_reproduce.ipynb #cd7a5360
 def _network(widths, layers, side):
@@ -119,7 +119,8 @@ def work(
         diffusion=unet*k.diffusion_batch*k.diffusion_steps,
         adapt=unet*(k.diffusion_batch*k.finetune_steps + k.classifier_batch*k.classifier_steps), synthesize=draw(1.25*new),
         real_only=3*training, select=10, augment=2*len({*k.ratios, k.ratio})*training,
-        baselines=2*told + 2*draw(new) + .1*area*k.gan_steps, compare=3*training + 10*training*area, quality=6*training,
+        baselines=2*told + 2*draw(.6*patches*k.label_fraction*k.ratio) + .1*area*k.gan_steps,
+        compare=3*training + 10*training*area, quality=6*training,
         referee=training*k.referee_steps/k.backbone_steps,
         sampling_grid=.8*unet*grid*k.ablation_per_class*classes, adaptation_grid=many)
     seconds |= _variants(k, seconds, draw(2*new))

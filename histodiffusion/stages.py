@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ADAPTATIONS', 'REAL', 'pretraining_data', 'target_data', 'read_pool', 'read_split', 'read_labelled', 'autoencoder',
            'diffusion', 'load_autoencoder', 'adapt', 'synthesize', 'read_synthetic', 'backbone_config', 'real_only',
-           'load_backbone', 'Acceptance', 'ratios_of', 'select', 'chosen_patches', 'with_patches', 'measure_methods',
-           'augment']
+           'load_backbone', 'Acceptance', 'ratios_of', 'synthetic_counts', 'select', 'chosen_patches', 'with_patches',
+           'measure_methods', 'augment']
 
 # %% ../nbs/library/23_stages.ipynb #204513f5
 from pathlib import Path
@@ -275,6 +275,13 @@ def ratios_of(
     "The ratios that are tried, that of the baselines among them."
     return sorted({*c.ratios, c.ratio})
 
+def synthetic_counts(
+    labelled:PatchSet,
+    ratio:float, # synthetic over real labelled patches, > 0
+) -> np.ndarray: # (K,) of int, each >= 1
+    "How many synthetic patches of each class a ratio asks for."
+    return np.maximum(1, np.round(ratio*np.bincount(labelled.labels, minlength=len(labelled.classes)))).astype(int)
+
 @stage("select")
 def select(
     run:Run,
@@ -282,8 +289,7 @@ def select(
 ):
     "Choose synthetic patches for each ratio, and measure both ways of adapting."
     c, labelled, accept = run.config, read_labelled(run), Acceptance(run)
-    counts = np.bincount(labelled.labels, minlength=len(labelled.classes))
-    wanted = {f"{r:g}": np.maximum(1, np.round(r*counts)).astype(int).tolist() for r in ratios_of(c)}
+    wanted = {f"{r:g}": synthetic_counts(labelled, r).tolist() for r in ratios_of(c)}
     chosen, reports, quality = {}, [], []
     for name in ADAPTATIONS if c.finetune_steps else ADAPTATIONS[:1]:
         s = read_synthetic(run, name)
