@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PERCEPTUAL', 'build_autoencoder', 'Lite0Distance', 'LPIPSDistance', 'perceptual_distance', 'marginal_divergence',
-           'low_frequency_share', 'AutoencoderLoss', 'PatchDiscriminator', 'AdversarialPair', 'AdversarialLoss',
-           'fold_deviation', 'encode_patches', 'decode_latents', 'psnr', 'ssim', 'stain_drift', 'train_autoencoder',
-           'reconstruct', 'reconstruction_quality']
+           'roughness', 'low_frequency_share', 'AutoencoderLoss', 'PatchDiscriminator', 'AdversarialPair',
+           'AdversarialLoss', 'fold_deviation', 'encode_patches', 'decode_latents', 'psnr', 'ssim', 'stain_drift',
+           'train_autoencoder', 'reconstruct', 'reconstruction_quality']
 
 # %% ../nbs/library/11_autoencoder.ipynb #7ec0c6b0
 from dataclasses import replace
@@ -82,6 +82,14 @@ def marginal_divergence(
     variance, mean = torch.var_mean(z.float(), (0, 2, 3))
     return .5*(mean.square() + variance - 1 - (variance + 1e-8).log()).mean()
 
+# %% ../nbs/library/11_autoencoder.ipynb #a64e1e19
+def roughness(
+    z:torch.Tensor, # (B, C, h, w) latents, h and w even
+) -> torch.Tensor: # scalar, 0..1
+    "Share of a latent's variance that lies within blocks of 2 × 2 places."
+    inside = z.float() - F.interpolate(F.avg_pool2d(z.float(), 2), scale_factor=2)
+    return inside.square().mean()/(z.float().var() + 1e-8)
+
 # %% ../nbs/library/11_autoencoder.ipynb #ba11911b
 def low_frequency_share(
     z:torch.Tensor, # (B, C, h, h) latents
@@ -95,7 +103,7 @@ def low_frequency_share(
 
 # %% ../nbs/library/11_autoencoder.ipynb #9f5a1af1
 class AutoencoderLoss:
-    "L1 + perceptual distance + divergence of the latents + scale equivariance, on random crops of the patches."
+    "L1 + perceptual distance + divergence and roughness of the latents, on random crops of the patches."
     def __init__(self,
         images:np.ndarray, # (N, H, W, C) uint8
         batch:int=16, # patches per step
@@ -103,12 +111,13 @@ class AutoencoderLoss:
         perceptual:str="lite0", # one of PERCEPTUAL
         perceptual_weight:float=.1, # w_p
         kl_weight:float=.1, # w_KL
-        equivariance_weight:float=0., # w_s, 0: none
-        noise:float=.05, # deviation of the noise on latents, whose own is 1
+        roughness_weight:float=0., # w_s, 0: none
+        noise:float=.05, # least deviation of the noise on latents, whose own is 1
+        most_noise:float=.05, # the greatest; at least `noise`
     ):
         self.images, self.batch, self.crop = images, batch, min(crop, images.shape[1])
-        self.perceptual_weight, self.kl_weight, self.equivariance_weight = perceptual_weight, kl_weight, equivariance_weight
-        self.noise = noise
+        self.perceptual_weight, self.kl_weight, self.roughness_weight = perceptual_weight, kl_weight, roughness_weight
+        self.noise, self.most_noise = noise, max(noise, most_noise)
         self.distance = perceptual_distance(perceptual if perceptual_weight else "none")
 
     def crops(self, generator):
@@ -117,14 +126,17 @@ class AutoencoderLoss:
         y, x = torch.randint(self.images.shape[1] - self.crop + 1, (2,), generator=generator).tolist()
         return images_to_tensor(self.images[i, y:y + self.crop, x:x + self.crop]).to(get_device())
 
+    def deviations(self, z):
+        "(B, 1, 1, 1) deviation of the noise on each latent: the least for half of them, the others even in its logarithm."
+        u = torch.rand(len(z), 1, 1, 1, device=z.device)
+        return self.noise*(self.most_noise/self.noise)**(2*u - 1).clamp(min=0)
+
     def reconstruct(self, model, x):
         "Reconstructions through noisy latents, and what the loss asks of the latents, by name and weighted."
         z = model.encode(x).latent
-        decode = lambda z: model.decode(z + self.noise*torch.randn_like(z)).sample.float()
-        y, asked = decode(z), dict(kl=self.kl_weight*marginal_divergence(z))
-        if self.equivariance_weight:
-            asked["scale"] = self.equivariance_weight*(decode(F.avg_pool2d(z, 2)) - F.avg_pool2d(x, 2)).abs().mean()
-        return y, asked
+        asked = dict(kl=self.kl_weight*marginal_divergence(z))
+        if self.roughness_weight: asked["rough"] = self.roughness_weight*roughness(z)
+        return model.decode(z + self.deviations(z)*torch.randn_like(z)).sample.float(), asked
 
     def compare(self, y, x):
         "L1 and perceptual distance of reconstructions."

@@ -102,7 +102,7 @@ def autoencoder(
     fitted = train_autoencoder(
         pool[:-held], c.autoencoder_channels, c.latent_channels if run.channels == 3 else c.latent_channels_grey, c.autoencoder_layers,
         dict(batch=c.autoencoder_batch, crop=c.autoencoder_crop, perceptual=c.perceptual, perceptual_weight=c.perceptual_weight,
-             kl_weight=c.kl_weight, equivariance_weight=c.equivariance_weight), c.critic_weight, c.critic_start,
+             kl_weight=c.kl_weight, roughness_weight=c.roughness_weight, most_noise=c.latent_noise), c.critic_weight, c.critic_start,
         FitConfig(c.autoencoder_steps, c.autoencoder_lr, warmup=c.autoencoder_steps//30, precision=c.precision), folder)
     fitted.model.save_pretrained(folder/"model")
     latents = encode_patches(fitted.model, pool[-held:])
