@@ -37,7 +37,7 @@ class PriorKnobs:
     critic_weight: float = 0. # push of the patch discriminator as a share of the reconstruction's, >= 0; 0: none
     critic_start: float = .6 # share of the steps after which it joins, 0..1
     kl_weight: float = .1 # weight of the divergence of the latents from N(0, 1), >= 0
-    roughness_weight: float = .05 # price of the latents' roughness, >= 0
+    roughness_weight: float = .08 # price of the latents' roughness, >= 0
     latent_noise: float = 2. # most noise that latents are decoded through in training, in their own deviations, >= 0
     unet_channels: tuple = (32, 64) # width of each level of the U-Net
     unet_layers: int = 1 # residual blocks per level
@@ -128,7 +128,7 @@ _SMALL = dict(
     name="small", description="real tissue on two CPU cores; sizes changed since its last whole run", tried=False,
     pretrain_patches=30_000, label_fraction=.05, seeds=(0, 1, 2),
     autoencoder_channels=(64, 128), autoencoder_layers=2, latent_channels=16, latent_channels_grey=4,
-    autoencoder_steps=4000, autoencoder_batch=16, autoencoder_lr=2e-3,
+    autoencoder_steps=3500, autoencoder_batch=16, autoencoder_lr=2e-3,
     unet_channels=(64, 128, 256), unet_attention=(False, True, True), diffusion_steps=3000, diffusion_batch=64, diffusion_lr=8e-4,
     finetune_steps=600, classifier_steps=400, classifier_batch=64, classifier_lr=2e-3,
     scheduler="unipc", sampler_steps=10, guidance_scale=8., samples_per_class=240,
