@@ -11,7 +11,7 @@ SUMS := find nbs histodiffusion README.md figures/readme -type f ! -name '*.pyc'
 	-exec cksum {} + 2>/dev/null | sort -k 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test bench lab export readme check clean
+.PHONY: help setup reproduce test bench lab docs export readme check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,9 @@ bench: setup  ## compare with the alternatives, each in one run; writes results/
 
 lab: setup  ## open the notebooks in JupyterLab
 	$(RUN) jupyter lab nbs
+
+docs: setup  ## build the site in _site
+	$(RUN) python docs/build.py
 
 export: setup  ## write modules from notebooks, clean the notebooks, write README.md
 	$(RUN) nbdev-export
