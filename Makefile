@@ -11,10 +11,10 @@ SUMS := find nbs histodiffusion README.md figures/readme -type f ! -name '*.pyc'
 	-exec cksum {} + 2>/dev/null | sort -k 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test bench lab docs export readme check clean
+.PHONY: help setup reproduce test test-browser bench lab docs export readme check clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP)  ## make the environment in VENV (.venv) and install the project into it
 
@@ -32,19 +32,22 @@ reproduce: setup  ## regenerate tables and figures; PROFILE=, DATASET=, CORES= a
 	$(RUN) histodiffusion reproduce $(strip $(if $(PROFILE),--profile $(PROFILE)) \
 		$(if $(DATASET),--dataset $(DATASET)) $(if $(CORES),--cores $(CORES)) $(ARGS))
 
-test: setup  ## run the library notebooks, then the tests; PYTEST_ARGS= is passed on
+test: setup  ## run the library's notebooks and the tutorials, then the tests; PYTEST_ARGS= is passed on
 	@status=0; start=$$(date +%s); \
-	$(TEST) nbdev-test nbs/library --n-workers 2 || status=1; \
+	for part in library tutorials; do $(TEST) nbdev-test nbs/$$part --n-workers 2 || status=1; done; \
 	echo "nbdev-test: $$(test $$status = 0 && echo passed || echo FAILED, see above), $$(($$(date +%s) - start)) s"; \
 	$(TEST) pytest -n 2 tests $(PYTEST_ARGS) || status=1; \
 	exit $$status
+
+test-browser: docs  ## open the site and JupyterLab in Chromium, if there is one
+	$(TEST) pytest -m browser tests/test_browser.py $(PYTEST_ARGS)
 
 bench: setup  ## compare with the alternatives, each in one run; writes results/bench/*.json
 	@mkdir -p results/logs; for nb in nbs/experiments/bench_*.ipynb; do \
 		$(RUN) papermill --no-progress-bar --log-output $$nb results/logs/$$(basename $$nb) || exit 1; done
 
 lab: setup  ## open the notebooks in JupyterLab
-	$(RUN) jupyter lab nbs
+	$(RUN) jupyter lab nbs/start.ipynb
 
 docs: setup  ## build the site in _site
 	$(RUN) python docs/build.py

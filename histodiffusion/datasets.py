@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'PRETRAINING', 'list_images', 'parse_phantom', 'dataset_channels', 'in_hdf5', 'dataset_fingerprint',
-           'group_keys', 'dataset_classes', 'packed_dataset', 'PatchSet', 'square_patch', 'load_patches', 'to_grey',
-           'split_patches', 'labelled_fraction', 'cut_patch', 'pool_counts', 'unlabelled_pool', 'default_pretraining']
+           'group_keys', 'dataset_classes', 'packed_dataset', 'PatchSet', 'picture_html', 'card_html', 'square_patch',
+           'load_patches', 'to_grey', 'split_patches', 'labelled_fraction', 'cut_patch', 'pool_counts',
+           'unlabelled_pool', 'default_pretraining']
 
 # %% ../nbs/library/05_datasets.ipynb #a345315d
-import contextlib
+import base64, contextlib, html, io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image
+from fastcore.basics import patch
 
 from .core import (HistoDiffusionError, derive_seed, hash_file, hash_object, load_settings, progress,
                                  read_json, write_json)
@@ -185,6 +187,36 @@ class PatchSet:
         groups = None if self.groups is None else [self.groups[j] for j in i]
         return PatchSet(self.images[i], self.labels[i], self.classes, [self.keys[j] for j in i], self.name, groups)
     def counts(self): return {c: int((self.labels == k).sum()) for k, c in enumerate(self.classes)}
+
+# %% ../nbs/library/05_datasets.ipynb #64ef6e1d
+def picture_html(
+    image:np.ndarray, # (H, W, C) uint8, C 1 or 3
+    side:int=64, # on the screen, px
+    style:str="", # CSS
+) -> str:
+    "A patch as an HTML image that holds its own pixels."
+    file = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="patch" width="{side}" height="{side}" style="image-rendering:pixelated;{style}" src="data:image/png;base64,{data}">'
+
+def card_html(
+    title:str,
+    facts:dict, # name -> value
+    images=(), # patches, (H, W, C) uint8
+) -> str:
+    "A small summary with thumbnails, for the last line of a cell."
+    rows = "".join(f"<tr><td style='text-align:left'>{html.escape(k)}</td><td style='text-align:left'>{html.escape(str(v))}</td></tr>"
+                   for k, v in facts.items())
+    return (f"<div style='border:1px solid #8888;border-radius:6px;padding:.5em .8em;display:inline-block'><b>{html.escape(title)}</b>"
+            f"<table>{rows}</table>{' '.join(map(picture_html, images))}</div>")
+
+@patch
+def _repr_html_(self:PatchSet):
+    counts = ", ".join(f"{k} {v}" for k, v in self.counts().items())
+    facts = dict(classes=counts or "none", size="{} × {} px, {}".format(*self.images.shape[1:3], "grey" if self.images.shape[-1] == 1 else "RGB"))
+    first = [self.images[i[0]] for k in range(len(self.classes)) if len(i := np.flatnonzero(self.labels == k))]
+    return card_html(f"{self.name}: {len(self)} patches", facts, (first or list(self.images))[:12])
 
 # %% ../nbs/library/05_datasets.ipynb #dc72b15e
 def square_patch(

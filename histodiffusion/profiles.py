@@ -10,6 +10,7 @@ __all__ = ['PROFILES', 'DataKnobs', 'PriorKnobs', 'TargetKnobs', 'BaselineKnobs'
 from dataclasses import asdict, dataclass, field, replace
 
 from .core import HistoDiffusionError
+from .selection import RULES
 
 # %% ../nbs/library/21_profiles.ipynb #d2f20db7
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class TargetKnobs:
     guidance_scale: float = 4. # s of the classifier guidance, >= 0
     guidance_interval: tuple = (0, 1000) # times t at which guidance acts, from (inclusive) .. to (exclusive)
     samples_per_class: int = 20 # patches generated for each class
-    selection_rule: str = "both" # 'centroid', 'confidence', 'both' or 'random'
+    selection_rule: str = "both" # 'centroid', 'confidence', 'both', 'random', or one of your own
     selection_threshold: float = .5 # least probability of the target class, 0 < p <= 1
     selection_diversity: float = 0. # least distance between kept patches, share of the real ones' spacing; 0: any
     backbone: str = "test_resnet" # timm's name of the downstream classifier; test_resnet is its small residual network of 0.4 M weights
@@ -162,7 +163,7 @@ PROFILES: dict[str, Profile] = {p.name: p for p in (Profile(), *(Profile(**k) fo
 _CHOICES = dict(stain=("none", "macenko"), prediction=("epsilon", "v_prediction"), classifier_mode=("noise_aware", "clean"),
                 precision=("no", "bf16", "fp16", "auto"), perceptual=("lite0", "lpips", "none"),
                 finetune_mode=("whole", "lora"), finetune_data=("labelled", "training"),
-                selection_rule=("centroid", "confidence", "both", "random"))
+                selection_rule=RULES)
 
 def _as_type(name, value, like):
     "A value in the type of the one that it replaces."

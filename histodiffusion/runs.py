@@ -15,7 +15,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .core import HistoDiffusionError, hash_object, load_settings, machine, peak_memory, read_json, write_json
-from .datasets import REGISTRY, dataset_channels, dataset_fingerprint, default_pretraining, parse_phantom
+from .datasets import REGISTRY, card_html, dataset_channels, dataset_fingerprint, default_pretraining, parse_phantom
 from .profiles import Profile, get_profile
 
 # %% ../nbs/library/22_runs.ipynb #37442ed4
@@ -313,6 +313,14 @@ def is_done(
             and read_json(path).get("key") == stage_key(run, stage))
 
 Run.key, Run.folder, Run.done, Run.inputs = stage_key, stage_home, is_done, stage_inputs
+
+@patch
+def _repr_html_(self:Run):
+    made = [s for s in STAGES if self.done(s)]
+    facts = {"profile": f"{self.profile}: {self.knobs.description}", "labels": f"{self.label_fraction:.3g} of the training labels",
+             "learns from": ", ".join(self.pretrain_sets), "changed": ", ".join(f"{k} = {v}" for k, v in self.overrides.items()) or "nothing",
+             "made": f"{len(made)} of {len(STAGES)} stages: {', '.join(made) or 'none'}", "results": self.results}
+    return card_html(f"{self.dataset}, seed {self.seed}", facts)
 
 # %% ../nbs/library/22_runs.ipynb #3ce6e5ea
 _PACKAGES = ("torch", "diffusers", "timm", "accelerate", "numpy", "scikit-learn", "histodiffusion")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ADAPTATIONS', 'REAL', 'pretraining_data', 'target_data', 'read_pool', 'read_split', 'read_labelled', 'autoencoder',
-           'diffusion', 'load_autoencoder', 'adapt', 'synthesize', 'read_synthetic', 'backbone_config', 'real_only',
-           'load_backbone', 'Acceptance', 'ratios_of', 'synthetic_counts', 'select', 'chosen_patches', 'with_patches',
-           'measure_methods', 'augment']
+           'diffusion', 'load_autoencoder', 'adapt', 'synthesize', 'Candidates', 'read_synthetic', 'backbone_config',
+           'real_only', 'load_backbone', 'Acceptance', 'ratios_of', 'synthetic_counts', 'select', 'chosen_patches',
+           'with_patches', 'measure_methods', 'augment']
 
 # %% ../nbs/library/23_stages.ipynb #204513f5
 from pathlib import Path
@@ -19,7 +19,7 @@ from .audit import split_groups
 from .autoencoder import decode_latents, encode_patches, low_frequency_share, psnr, train_autoencoder
 from .backbone import BackboneConfig, build_backbone, features_and_posteriors, predict, train_backbone
 from .core import derive_seed, load_tensors, read_json, save_tensors, write_json
-from .datasets import PatchSet, labelled_fraction, load_patches, split_patches, unlabelled_pool
+from .datasets import PatchSet, card_html, labelled_fraction, load_patches, split_patches, unlabelled_pool
 from .diffusion import LatentSampler, build_unet, noise_schedule, train_diffusion
 from .features import encode_images, load_encoder
 from .latent_classifier import LabelledLatents, classifier_from_unet, d4_images, noise_report, train_latent_classifier
@@ -199,14 +199,21 @@ def synthesize(
         save_tensors(folder/f"{name}.safetensors", dict(images=s["images"], labels=labels, confidence=s["confidence"]),
                      dict(scheduler=c.scheduler, steps=c.sampler_steps, guidance_scale=c.guidance_scale, seed=run.seed))
 
+class Candidates(dict):
+    "Synthetic patches with the class that each was to show, and the latent classifier's confidence."
+    def _repr_html_(self):
+        k = int(self["labels"].max()) + 1
+        facts = {"classes": k, "of each": len(self["labels"])//k, "confidence": "median {:.2f}".format(np.median(self["confidence"]))}
+        return card_html(f"{len(self['labels'])} synthetic patches", facts, self["images"][:12])
+
 def read_synthetic(
     run:Run,
     adaptation:str="finetuned", # or 'guidance_only'
-) -> dict: # images (M, H, W, C) uint8, labels (M,), confidence (M,)
+) -> Candidates: # images (M, H, W, C) uint8, labels (M,), confidence (M,)
     "The candidates of a run; guidance alone where nothing was fine-tuned."
     path = run.folder("synthesize")/f"{adaptation}.safetensors"
     if adaptation == "finetuned" and not path.exists(): path = path.with_name("guidance_only.safetensors")
-    return {k: v.numpy() for k, v in load_tensors(path).items()}
+    return Candidates({k: v.numpy() for k, v in load_tensors(path).items()})
 
 # %% ../nbs/library/23_stages.ipynb #e0b330fc
 def backbone_config(

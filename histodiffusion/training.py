@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from fastcore.xtras import sparkline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .core import (HistoDiffusionError, derive_seed, get_device, hash_object, keep_freed_memory, load_settings,
                                  load_tensors, machine, progress, read_json, save_tensors, write_json)
+from .datasets import card_html
 
 # %% ../nbs/library/10_training.ipynb #fcafb832
 @dataclass(frozen=True)
@@ -43,6 +45,13 @@ class Fit:
     history: list = field(default_factory=list) # rows of step, loss, learning_rate and whatever the loss reports
     seconds: float = 0. # wall time, earlier attempts included
     precision: str = "no" # what 'auto' came to
+
+    def _repr_html_(self):
+        weights = sum(p.numel() for p in self.model.parameters())
+        losses = [h["loss"] for h in self.history]
+        facts = dict(weights=f"{weights:,}", steps=int(self.history[-1]["step"]) if losses else 0, seconds=round(self.seconds, 1),
+                     precision=self.precision, loss=f"{losses[0]:.3g} to {losses[-1]:.3g} {sparkline(losses[::-(-len(losses)//40)])}" if losses else "")
+        return card_html(type(self.model).__name__, facts)
 
 # %% ../nbs/library/10_training.ipynb #5d402924
 def learning_rate_factor(
