@@ -173,7 +173,7 @@ def make_run(args):
 
 def run_stages(run, command: str, force: bool) -> None:
     "Make the stages of a command, and those that they need."
-    from histodiffusion.reproduce import duration, plan
+    from histodiffusion.reproduce import duration, make_stage, plan
     from histodiffusion.runs import STAGES, Run, forget
 
     names = stage_names(command)
@@ -186,11 +186,7 @@ def run_stages(run, command: str, force: bool) -> None:
         title = f"[{job.place}] {STAGES[job.stage].what}" + (f", seed {seed}" if STAGES[job.stage].per_seed else "")
         if not this.done(job.stage):
             print(title, flush=True)
-            import histodiffusion.ablations  # imports torch
-            import histodiffusion.report  # noqa: F401 - and now every stage is known
-            from histodiffusion.runs import MADE_BY
-
-            MADE_BY[job.stage](this)
+            make_stage(this, job.stage)
         record = read_json(load_settings().root / job.outputs[0])
         print(f"{title}: {'done before' if job.done else 'done'} in {duration(record['seconds'])}")
         print(f"    {load_settings().root / job.outputs[-1]}" if job.outputs[1:] else f"    {this.folder(job.stage)}")

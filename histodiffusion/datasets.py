@@ -214,7 +214,8 @@ def card_html(
 @patch
 def _repr_html_(self:PatchSet):
     counts = ", ".join(f"{k} {v}" for k, v in self.counts().items())
-    facts = dict(classes=counts or "none", size="{} × {} px, {}".format(*self.images.shape[1:3], "grey" if self.images.shape[-1] == 1 else "RGB"))
+    colour = "grey" if self.images.shape[-1] == 1 else "RGB"
+    facts = dict(classes=counts or "none", size="{} × {} px, {}".format(*self.images.shape[1:3], colour))
     first = [self.images[i[0]] for k in range(len(self.classes)) if len(i := np.flatnonzero(self.labels == k))]
     return card_html(f"{self.name}: {len(self)} patches", facts, (first or list(self.images))[:12])
 

@@ -75,8 +75,8 @@ class Explorer:
         "Draw patches of a class, and judge them."
         k = self.labelled.classes.index(wanted)
         def show(step, t, z, p): watch(Drawn(decode_latents(self.autoencoder, z.cpu()), wanted, step + 1, steps))
-        z = guided_sample(self.unet, make_scheduler(scheduler), np.full(n, k), ClassifierGuidance(self.classifier, scale), steps, seed=seed,
-                          callback=show if watch else None)
+        z = guided_sample(self.unet, make_scheduler(scheduler), np.full(n, k), ClassifierGuidance(self.classifier, scale), steps,
+                          seed=seed, callback=show if watch else None)
         images = decode_latents(self.autoencoder, z)
         features, probabilities = features_and_posteriors(self.judge, images)
         distances, nearest = nearest_neighbours(features, self.known)

@@ -317,8 +317,9 @@ Run.key, Run.folder, Run.done, Run.inputs = stage_key, stage_home, is_done, stag
 @patch
 def _repr_html_(self:Run):
     made = [s for s in STAGES if self.done(s)]
+    changed = ", ".join(f"{k} = {v}" for k, v in self.overrides.items())
     facts = {"profile": f"{self.profile}: {self.knobs.description}", "labels": f"{self.label_fraction:.3g} of the training labels",
-             "learns from": ", ".join(self.pretrain_sets), "changed": ", ".join(f"{k} = {v}" for k, v in self.overrides.items()) or "nothing",
+             "learns from": ", ".join(self.pretrain_sets), "changed": changed or "nothing",
              "made": f"{len(made)} of {len(STAGES)} stages: {', '.join(made) or 'none'}", "results": self.results}
     return card_html(f"{self.dataset}, seed {self.seed}", facts)
 

@@ -48,9 +48,10 @@ class Fit:
 
     def _repr_html_(self):
         weights = sum(p.numel() for p in self.model.parameters())
-        losses = [h["loss"] for h in self.history]
-        facts = dict(weights=f"{weights:,}", steps=int(self.history[-1]["step"]) if losses else 0, seconds=round(self.seconds, 1),
-                     precision=self.precision, loss=f"{losses[0]:.3g} to {losses[-1]:.3g} {sparkline(losses[::-(-len(losses)//40)])}" if losses else "")
+        facts = dict(weights=f"{weights:,}", seconds=round(self.seconds, 1), precision=self.precision)
+        if losses := [h["loss"] for h in self.history]:
+            curve = sparkline(losses[::max(1, len(losses)//40)])
+            facts |= dict(steps=int(self.history[-1]["step"]), loss=f"{losses[0]:.3g} to {losses[-1]:.3g} {curve}")
         return card_html(type(self.model).__name__, facts)
 
 # %% ../nbs/library/10_training.ipynb #5d402924
