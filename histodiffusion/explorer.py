@@ -46,8 +46,8 @@ def drawn_html(
             cells.append(f"<td style='text-align:center;padding:4px'>{picture_html(image, 96, look)}<br>{drawn.confidence[i]:.2f} "
                          f"{'stays' if stays else 'goes'}<br>{picture_html(drawn.neighbours[i], 64)}<br>{drawn.distances[i]:.2f}</td>")
     said = f"step {drawn.step} of {drawn.steps}" if drawn.confidence is None else (
-        f"{int((drawn.confidence >= threshold).sum())} of {len(drawn.images)} stay. Below each: the judge's confidence, the nearest labelled "
-        "patch, and the distance to it.")
+        f"{int((drawn.confidence >= threshold).sum())} of {len(drawn.images)} stay. Below each: the judge's confidence, the nearest "
+        "labelled patch, and the distance to it.")
     return f"<div><b>{drawn.wanted}</b>, {said}<table><tr>{''.join(cells)}</tr></table></div>"
 
 # %% ../nbs/library/29_explorer.ipynb #3ef792e3
