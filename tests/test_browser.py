@@ -168,8 +168,8 @@ def test_start_notebook_and_explorer(lab, tab):
     pytest.importorskip("jupyterlab")
     tab.goto(f"{lab}/lab/tree/start.ipynb")
     tab.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-    tab.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status == 'idle'", timeout=90_000)
-    tab.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    tab.wait_for_function("/Python 3.*Idle/.test(document.querySelector('#jp-main-statusbar')?.innerText)", timeout=90_000)
+    tab.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
     tab.wait_for_function("document.querySelector('.widget-html table') && document.body.innerText.includes(' stay. Below each')",
                           timeout=400_000)  # fmt: skip
     assert not tab.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] >> text=Error").count()
