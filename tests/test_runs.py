@@ -257,12 +257,12 @@ def test_workflow_has_every_job_of_the_plan(project):
 def test_workflow_reruns_only_what_a_parameter_touches(project):
     complete(Run("smoke"))
     config = project / "config.json"
-    config.write_text(json.dumps(Run("smoke", overrides={"ratio": 0.7}).parameters))
+    config.write_text(json.dumps(Run("smoke", overrides={"selection_threshold": 0.6}).parameters))
     said = call("snakemake", "-n", "--cores", "2", "--rerun-triggers", "mtime", "params", "--configfile", str(config),
                 "--forcerun", "table_1", "figure_2")  # fmt: skip
     rules = set(re.findall(r"^rule (\w+):", said.stdout + said.stderr, re.MULTILINE)) - {"all"}
     seeds = get_profile("smoke").seeds
-    touched = [s for s in STAGES if "ratio" in stage_fields(s)]
+    touched = [s for s in STAGES if "selection_threshold" in stage_fields(s)]
     assert "baselines" not in touched and "synthesize" not in touched
     assert rules == {name for s in touched for name in ([f"{s}_{n}" for n in seeds] if STAGES[s].per_seed else [s])}
 
