@@ -38,6 +38,7 @@ class BackboneConfig:
     mixup: float = .8 # alpha of mixup's Beta distribution, >= 0; with 'standard'
     cutmix: float = 1. # alpha of CutMix's Beta distribution, >= 0; with 'standard'
     label_smoothing: float = .1 # mass spread over all classes, 0..1
+    extra_share: float = .5 # share of a batch that is extra patches, 0..1; 0: real and extra ones are drawn alike
     seed: int = 0 # of weights, batches and augmentation
 
 def build_backbone(
@@ -118,18 +119,25 @@ def draw_balanced(
 
 # %% ../nbs/library/17_backbone.ipynb #99960fb7
 class _Pool:
-    "Patches with labels, drawn with classes balanced, augmented, with soft targets."
-    def __init__(self, images, labels, n_classes, config):
+    "Patches with labels, real ones first, drawn with classes balanced, augmented, with soft targets."
+    def __init__(self, images, labels, n_classes, config, n_real=None):
         if config.augmentation not in ("d4", "standard"):
             raise HistoDiffusionError(f"Unknown augmentation '{config.augmentation}': use d4 or standard.")
         self.images, self.n_classes, self.config, self.device = images, n_classes, config, get_device()
-        self.members = [torch.from_numpy(np.flatnonzero(labels == k)) for k in np.unique(labels)]
+        n_real = len(labels) if n_real is None else n_real
+        self.n_extra = round(config.extra_share*config.batch_size) if n_real < len(labels) else 0
+        drawn = labels[:n_real] if self.n_extra else labels
+        self.members = [torch.from_numpy(np.flatnonzero(drawn == k)) for k in np.unique(drawn)]
+        self.extra = {k: n_real + np.flatnonzero(labels[n_real:] == k) for k in np.unique(labels[n_real:])}
         self.labels = torch.from_numpy(labels)
         self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=n_classes)
 
     def draw(self, generator):
-        "Indices of one batch, classes balanced."
-        return draw_balanced(self.members, self.config.batch_size, generator)
+        "Indices of one batch, classes balanced; so many of them are extra patches, where their class has any."
+        i = draw_balanced(self.members, self.config.batch_size, generator)
+        for j, v in enumerate(torch.rand(self.n_extra, generator=generator).tolist()):
+            if len(e := self.extra.get(int(self.labels[i[j]]), ())): i[j] = int(e[int(v*len(e))])
+        return i
 
     def batch(self, generator):
         "One batch as patches (N, C, H, W) and soft targets (N, K)."
@@ -182,7 +190,7 @@ def train_backbone(
     desc:str="backbone", # for the progress bar
 ) -> torch.nn.Module: # averaged weights, eval mode; its history is in `.history`
     "Train a backbone on real and extra patches for a fixed number of steps."
-    pool = _Pool(*_pooled(images, labels, n_classes, extra_images, extra_labels), n_classes, config)
+    pool = _Pool(*_pooled(images, labels, n_classes, extra_images, extra_labels), n_classes, config, len(images))
     torch.manual_seed(derive_seed("backbone", config.seed))
     model = build_backbone(config.name, n_classes, pool.images.shape[-1], pool.images.shape[1]).to(pool.device)
     def loss(model, generator):

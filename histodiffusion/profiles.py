@@ -75,6 +75,10 @@ class TargetKnobs:
     backbone_steps: int = 50 # optimiser steps
     backbone_batch: int = 32 # patches per step
     backbone_lr: float = 4e-3 # peak learning rate
+    judge: str = "test_resnet" # timm's name of the network that selects; trained on the labelled patches, as the backbone
+    judge_steps: int = 50 # optimiser steps
+    judge_lr: float = 4e-3 # peak learning rate
+    synthetic_share: float = .5 # share of a batch that is synthetic, 0..1; 0: real and synthetic ones are drawn alike
     ratio: float = 1. # synthetic over real labelled patches, > 0; the baselines' too
     ratios: tuple = (.5, 1.) # ratios that are tried with patches drawn at random and selected
     precision: str = "no" # 'no' (fp32), 'bf16', 'fp16' or 'auto': bf16 where it is measured to be faster
@@ -132,20 +136,21 @@ _SMALL = dict(
     autoencoder_steps=3500, autoencoder_batch=16, autoencoder_lr=2e-3,
     unet_channels=(64, 128, 256), unet_attention=(False, True, True), diffusion_steps=3000, diffusion_batch=64, diffusion_lr=8e-4,
     finetune_steps=600, classifier_steps=400, classifier_batch=64, classifier_lr=2e-3,
-    scheduler="unipc", sampler_steps=10, guidance_scale=8., samples_per_class=240,
-    backbone_steps=400, backbone_batch=64, precision="auto",
+    scheduler="unipc", sampler_steps=10, guidance_scale=3., samples_per_class=240,
+    backbone="test_vit", backbone_steps=800, backbone_lr=2e-3, backbone_batch=64, judge_steps=400, precision="auto",
     ablation_per_class=10, ablation_scales=(0., 1., 2., 4., 8., 16.), ablation_steps=(5, 10, 25, 100),
     ablation_schedulers=("ddim", "ddpm", "dpmpp", "unipc", "euler", "heun"), ablation_fractions=(.02, .05, .2), ablation_finetune_steps=150,
     ratios=(.5, 1., 2., 3.), gan_steps=800, told_steps=600, referee_steps=400, ablation_seeds=3, ablation_labels=(.01, .02, .1, .2, .5, 1.),
     ablation_pools=(3000,), ablation_sets=(1, 2, 3), ablation_thresholds=(.3, .7, .9), ablation_ratios=(5., 10.),
-    ablation_backbones=("resnet10t", "efficientnet_lite0"))
+    ablation_backbones=("test_resnet", "efficientnet_lite0"))
 _GPU = _SMALL | dict(
     name="gpu", description="one GPU, a day; untried", tried=False, expected=None, seeds=(0, 1, 2, 3, 4), pretrain_patches=400_000,
     autoencoder_channels=(128, 256), autoencoder_layers=3, autoencoder_steps=40_000, autoencoder_batch=64,
     autoencoder_crop=64, autoencoder_lr=5e-4, critic_weight=.1, unet_channels=(128, 256, 384), unet_layers=2,
     diffusion_steps=150_000, diffusion_batch=256, diffusion_lr=2e-4, finetune_steps=3000, finetune_lr=1e-4,
     classifier_steps=3000, classifier_batch=128, sampler_steps=50, samples_per_class=600,
-    backbone="resnet18", backbone_steps=3000, backbone_batch=128, backbone_lr=1e-3, precision="bf16")
+    backbone="resnet18", backbone_steps=3000, backbone_batch=128, backbone_lr=1e-3, judge="resnet18", judge_steps=3000,
+    judge_lr=1e-3, precision="bf16")
 
 # %% ../nbs/library/21_profiles.ipynb #25ae128c
 _PAPER = _GPU | dict(
@@ -155,7 +160,8 @@ _PAPER = _GPU | dict(
     unet_channels=(192, 384, 384, 768, 768), unet_attention=(True,)*5, min_snr_gamma=0.,
     diffusion_steps=500_000, diffusion_batch=64, diffusion_lr=1e-4, finetune_steps=20_000, finetune_lr=2e-5,
     classifier_steps=20_000, classifier_batch=32, classifier_lr=5e-5, eta=1., guidance_scale=10.,
-    samples_per_class=1000, backbone="vit_small_patch16_224", backbone_steps=20_000, backbone_batch=64)
+    samples_per_class=1000, synthetic_share=0., backbone="vit_small_patch16_224", backbone_steps=20_000, backbone_batch=64,
+    judge="vit_small_patch16_224", judge_steps=20_000)
 
 PROFILES: dict[str, Profile] = {p.name: p for p in (Profile(), *(Profile(**k) for k in (_SMALL, _GPU, _PAPER)))}
 
@@ -182,12 +188,13 @@ def _check(p):
     "Refuse values that no run can use."
     downs = len(p.autoencoder_channels) + len(p.unet_channels) - 1
     zero = ("perceptual_weight", "selection_diversity", "critic_weight", "critic_start", "kl_weight", "roughness_weight",
-            "latent_noise", "min_snr_gamma", "finetune_steps", "eta", "guidance_scale")
+            "latent_noise", "synthetic_share", "min_snr_gamma", "finetune_steps", "eta", "guidance_scale")
     low = [k for k, v in p.knobs().items() if type(v) in (int, float) and (v < 0 or v == 0 and k not in zero)]
     problems = {
         f"{', '.join(low)} must be greater than 0": low,
         "label_fraction must be at most 1": p.label_fraction > 1,
         "selection_threshold must be at most 1": p.selection_threshold > 1,
+        "synthetic_share must be at most 1": p.synthetic_share > 1,
         "guidance_interval needs two times, from 0 to 1000, the earlier first":
             not (len(p.guidance_interval) == 2 and 0 <= p.guidance_interval[0] < p.guidance_interval[1] <= 1000),
         "seeds must name one or more different whole numbers >= 0":

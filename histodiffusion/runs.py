@@ -56,7 +56,7 @@ _SHARED = (
                       "diffusion_steps", "diffusion_batch", "diffusion_lr", "precision")))
 
 # %% ../nbs/library/22_runs.ipynb #39854d47
-_BACKBONE = ("backbone", "backbone_steps", "backbone_batch", "backbone_lr")
+_BACKBONE = ("backbone", "backbone_steps", "backbone_batch", "backbone_lr", "judge", "judge_steps", "judge_lr")
 _ADAPTED = (
     StageSpec("adapt", "fine-tune the prior on the labelled patches, train the latent classifier",
               "fine-tuned U-Net, latent classifier", "adapt", ("target_data", "autoencoder", "diffusion"),
@@ -72,7 +72,8 @@ _ADAPTED = (
               "select", ("target_data", "synthesize", "real_only"),
               fields=("selection_rule", "selection_threshold", "selection_diversity", "ratio", "ratios")),
     StageSpec("augment", "train the backbone on real + synthetic patches, measure it on test patches",
-              "metrics and posteriors of each method", "augment", ("target_data", "synthesize", "real_only", "select")))
+              "metrics and posteriors of each method", "augment", ("target_data", "synthesize", "real_only", "select"),
+              fields=("synthetic_share",)))
 
 # %% ../nbs/library/22_runs.ipynb #0d2fd06b
 _COMPARED = (
@@ -82,7 +83,7 @@ _COMPARED = (
                       "min_snr_gamma", "precision")),
     StageSpec("compare", "train the backbone on the baselines' patches, and classifiers of colour and packaged features",
               "metrics and posteriors of each baseline", "baselines", ("target_data", "synthesize", "select", "baselines"),
-              fields=("encoder_lr",)),
+              fields=("encoder_lr", "synthetic_share")),
     StageSpec("referee", "train a backbone on all training labels, to measure with", "weights of the referee", "ablate",
               ("target_data",), ("referee", "referee_steps", "referee_lr", "backbone_batch"), per_seed=False),
     StageSpec("quality", "measure the synthetic patches of every method", "a row for each method", "baselines",

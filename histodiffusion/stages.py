@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ADAPTATIONS', 'REAL', 'pretraining_data', 'target_data', 'read_pool', 'read_split', 'read_labelled', 'autoencoder',
            'diffusion', 'load_autoencoder', 'adapt', 'synthesize', 'Candidates', 'read_synthetic', 'backbone_config',
-           'real_only', 'load_backbone', 'Acceptance', 'ratios_of', 'synthetic_counts', 'select', 'chosen_patches',
-           'with_patches', 'measure_methods', 'augment']
+           'judge_config', 'real_only', 'load_backbone', 'load_judge', 'Acceptance', 'ratios_of', 'synthetic_counts',
+           'select', 'chosen_patches', 'with_patches', 'measure_methods', 'augment']
 
 # %% ../nbs/library/23_stages.ipynb #204513f5
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +226,13 @@ def backbone_config(
     return BackboneConfig(name=c.backbone, steps=c.backbone_steps, batch_size=c.backbone_batch, learning_rate=c.backbone_lr,
                           warmup=c.backbone_steps//20, augmentation=augmentation, seed=derive_seed("backbone", run.seed))
 
+def judge_config(
+    run:Run,
+) -> BackboneConfig:
+    "How the network that selects is trained."
+    c = run.config
+    return replace(backbone_config(run), name=c.judge, steps=c.judge_steps, learning_rate=c.judge_lr, warmup=c.judge_steps//20)
+
 REAL = dict(real="d4", standard_augmentation="standard")  # method -> augmentation of the real patches
 
 @stage("real_only")
@@ -233,31 +241,37 @@ def real_only(
     folder:Path, # given by the decorator
 ):
     "Train the backbone on the labelled patches alone."
-    labelled = read_labelled(run)
-    for method, augmentation in REAL.items():
-        if (path := folder/f"{method}.safetensors").exists(): continue  # an earlier attempt got this far
-        net = train_backbone(labelled.images, labelled.labels, len(labelled.classes), backbone_config(run, augmentation),
-                             desc=f"backbone ({method})")
+    labelled, nets = read_labelled(run), {m: backbone_config(run, a) for m, a in REAL.items()}
+    if judge_config(run) != nets["real"]: nets["judge"] = judge_config(run)
+    for name, config in nets.items():
+        if (path := folder/f"{name}.safetensors").exists(): continue  # an earlier attempt got this far
+        net = train_backbone(labelled.images, labelled.labels, len(labelled.classes), config, desc=f"backbone ({name})")
         save_tensors(path, net.state_dict())
 
 def load_backbone(
     run:Run,
-    method:str="real", # a key of REAL
+    method:str="real", # a key of REAL, or 'judge' where the judge is a network of its own
 ) -> torch.nn.Module: # eval mode
     "A backbone that was trained on the labelled patches alone."
     c = run.config
-    net = build_backbone(c.backbone, len(read_labelled(run).classes), run.channels, c.image_size)
+    net = build_backbone(c.judge if method == "judge" else c.backbone, len(read_labelled(run).classes), run.channels, c.image_size)
     net.load_state_dict(load_tensors(run.folder("real_only")/f"{method}.safetensors"))
     return net.eval()
 
+def load_judge(
+    run:Run,
+) -> torch.nn.Module: # eval mode
+    "The network that selects, trained on the labelled patches alone."
+    return load_backbone(run, "real" if judge_config(run) == backbone_config(run) else "judge")
+
 # %% ../nbs/library/23_stages.ipynb #8e061ec0
 class Acceptance:
-    "The selection rule of a run, with its evidence: a backbone trained on the labelled patches, and their centroids."
+    "The selection rule of a run, with its evidence: a judge trained on the labelled patches, and their centroids."
     def __init__(self,
         run:Run, # with its stage real_only made
     ):
         self.c, labelled = run.config, read_labelled(run)
-        self.judge, k = load_backbone(run), len(labelled.classes)
+        self.judge, k = load_judge(run), len(labelled.classes)
         features, _ = features_and_posteriors(self.judge, labelled.images)
         self.centroids = class_centroids(features, labelled.labels, k)
         self.spacing = class_spacing(features, labelled.labels, k)
@@ -342,9 +356,8 @@ def with_patches(
 ): # patches -> (N, K) posteriors
     "A classifier: the backbone trained on labelled and extra patches."
     def posteriors(images):
-        labelled = read_labelled(run)
-        return predict(train_backbone(labelled.images, labelled.labels, len(labelled.classes), config or backbone_config(run), *extra,
-                                      desc=desc), images)
+        labelled, c = read_labelled(run), replace(config or backbone_config(run), extra_share=run.config.synthetic_share)
+        return predict(train_backbone(labelled.images, labelled.labels, len(labelled.classes), c, *extra, desc=desc), images)
     return posteriors
 
 # %% ../nbs/library/23_stages.ipynb #17e2bd4c
