@@ -17,7 +17,7 @@ from .datasets import PatchSet, picture_html
 from .metrics import nearest_neighbours
 from .runs import Run
 from .sampling import SCHEDULERS, ClassifierGuidance, guided_sample, load_pipeline, make_scheduler
-from .stages import load_backbone, read_labelled
+from .stages import load_judge, read_labelled
 
 # %% ../nbs/library/29_explorer.ipynb #a93e191c
 @dataclass
@@ -86,7 +86,7 @@ def load_explorer(
     run:Run, # with its stages adapt and real_only made
 ) -> Explorer:
     "The explorer of a run."
-    return Explorer(*load_pipeline(run.folder("adapt")/"model"), read_labelled(run), load_backbone(run))
+    return Explorer(*load_pipeline(run.folder("adapt")/"model"), read_labelled(run), load_judge(run))
 
 # %% ../nbs/library/29_explorer.ipynb #a0f696c6
 def explore(
