@@ -242,11 +242,11 @@ def gallery_page() -> str:
     for where, paths in groups.items():
         text.append(f"## {' · '.join(where.parts)}")
         for p in paths:
-            stage = stage_of(p.stem)
-            notebook = NBS / "experiments" / f"{stage}.ipynb"
-            if not notebook.exists(): notebook = notebook.with_stem("data_audit" if where.parts[0] == "audit" else where.parts[0])
+            kept = where.parts in runs()
+            maker = stage_of(p.stem) if kept else dict(audit="data_audit").get(where.parts[0], where.parts[0])
+            notebook = NBS / "experiments" / f"{maker}.ipynb"
             by = f"[{title(notebook)[0]}](experiments/{notebook.name})" if notebook.exists() else "a library notebook"
-            how = f", `{command(*where.parts)}`" if len(where.parts) == 2 and stage in STAGES else ""
+            how = f", `{command(*where.parts)}`" if kept and notebook.stem in STAGES else ""
             text.append(f"{picture(p, p.stem)}\n\n*{p.stem.replace('_', ' ')}*: {by}{how}.")
     return "\n\n".join(text) + "\n"
 
