@@ -27,6 +27,7 @@ for job in JOBS:
             job.executed,
         params:
             key=job.key,
+        priority: 1 if job.stage == "ablation_pretraining" else 0 # the longest of the last ones
         threads: (workflow.cores or 1) if job.alone else 1
         shell:
             "OMP_NUM_THREADS={threads} {COMMAND} {rule}"

@@ -23,6 +23,7 @@ nb_code_prompt_show, nb_code_prompt_hide = "Source", "Source"
 html_theme = "sphinx_book_theme"
 html_title = "HistoDiffusion"
 html_static_path = ["_static"]
+html_favicon = "_static/favicon.svg"
 html_css_files = ["site.css"]
 html_context = dict(default_mode="auto")
 html_copy_source = False
