@@ -16,7 +16,7 @@ from .selection import RULES
 @dataclass(frozen=True)
 class DataKnobs:
     "What is read and at which size."
-    image_size: int = 48 # side of every patch, px, a multiple of 16
+    image_size: int = 64 # side of every patch, px, a multiple of 16
     stain: str = "none" # 'none', or 'macenko': colour patches are brought to one reference stain
     pretrain_patches: int = 1800 # unlabelled patches cut for pre-training
     label_fraction: float = .1 # share of the training labels that is known, 0 < f <= 1
@@ -131,7 +131,7 @@ _LABELS = ("name", "description", "tried", "expected")
 # %% ../nbs/library/21_profiles.ipynb #a7b0829b
 _SMALL = dict(
     name="small", description="real tissue on two CPU cores; sizes changed since its last whole run", tried=False,
-    image_size=64, pretrain_patches=30_000, label_fraction=.05, seeds=(0, 1, 2),
+    pretrain_patches=30_000, label_fraction=.05, seeds=(0, 1, 2),
     autoencoder_channels=(64, 128), autoencoder_layers=2, latent_channels=16, latent_channels_grey=4,
     autoencoder_steps=3500, autoencoder_batch=16, autoencoder_lr=2e-3,
     unet_channels=(64, 128, 256), unet_attention=(False, True, True), diffusion_steps=3000, diffusion_batch=64, diffusion_lr=8e-4,
