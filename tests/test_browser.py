@@ -80,7 +80,8 @@ def tab(browser):
     page.on("console", lambda m: page.trouble.append(m.text) if m.type == "error" else None)
     page.on("pageerror", lambda e: page.trouble.append(str(e)))
     page.on("response", lambda r: page.trouble.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
-    page.on("requestfailed", lambda r: page.trouble.append(f"failed: {r.url}"))
+    aborted = "net::ERR_ABORTED"  # by leaving the page
+    page.on("requestfailed", lambda r: page.trouble.append(f"failed: {r.url}") if r.failure != aborted else None)
     yield page
     context.close()
 
