@@ -233,6 +233,7 @@ def judge_config(
     c = run.config
     return replace(backbone_config(run), name=c.judge, steps=c.judge_steps, learning_rate=c.judge_lr, warmup=c.judge_steps//20)
 
+# %% ../nbs/library/23_stages.ipynb #628e6a1f
 REAL = dict(real="d4", standard_augmentation="standard")  # method -> augmentation of the real patches
 
 @stage("real_only")
@@ -303,6 +304,7 @@ def synthetic_counts(
     "How many synthetic patches of each class a ratio asks for."
     return np.maximum(1, np.round(ratio*np.bincount(labelled.labels, minlength=len(labelled.classes)))).astype(int)
 
+# %% ../nbs/library/23_stages.ipynb #9a3b983e
 @stage("select")
 def select(
     run:Run,
