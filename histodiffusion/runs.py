@@ -321,7 +321,8 @@ def _repr_html_(self:Run):
     changed = ", ".join(f"{k} = {v}" for k, v in self.overrides.items())
     facts = {"profile": f"{self.profile}: {self.knobs.description}", "labels": f"{self.label_fraction:.3g} of the training labels",
              "learns from": ", ".join(self.pretrain_sets), "changed": changed or "nothing",
-             "made": f"{len(made)} of {len(STAGES)} stages: {', '.join(made) or 'none'}", "results": os.path.relpath(self.results, load_settings().root)}
+             "made": f"{len(made)} of {len(STAGES)} stages: {', '.join(made) or 'none'}",
+             "results": os.path.relpath(self.results, load_settings().root)}
     return card_html(f"{self.dataset}, seed {self.seed}", facts)
 
 # %% ../nbs/library/22_runs.ipynb #3ce6e5ea
