@@ -25,7 +25,7 @@ WEB = "https://github.com/histodiffusion/histodiffusion/blob/main"
 DRAWN_BY = dict(
     figure_1="figure_2", quality_seconds="ablation_sampling", calibration="audit", gain_by_class="audit", closest_pairs="audit",
     feature_map="audit", ablation_classifier="ablation_sampling", adaptation="table_1", selection="table_1", memorisation="audit",
-    label_noise="audit", table_1_seeds="table_1", table_2_seeds="table_2", overlap="data_audit", pairs="data_audit",
+    label_noise="audit",
 )  # fmt: skip
 
 
@@ -150,9 +150,10 @@ def title(path: Path) -> tuple:
 
 # ---- results ----
 
-def command(profile: str, dataset: str) -> str:
-    "The command that makes a run's results."
-    return f"make reproduce PROFILE={profile} DATASET={dataset}"
+def command(stage: str, profile: str, dataset: str) -> str:
+    "The command that makes a result of a run; what is no stage is a notebook to be run by hand."
+    if stage in STAGES: return f"make reproduce PROFILE={profile} DATASET={dataset}"
+    return f"papermill nbs/experiments/{stage}.ipynb out.ipynb -p profile {profile} -p dataset {dataset}"
 
 
 def runs() -> list:
@@ -184,7 +185,7 @@ def results_of(stage: str) -> list:
         found = [p for p in sorted(tables.glob("*.md")) if stage_of(p.stem) == stage and not p.stem.endswith("_seeds")]
         drawn = [p for p in sorted(figures.glob("*.svg")) if stage_of(p.stem) == stage]
         if not found and not drawn: continue
-        text = [f"## {dataset}, profile `{profile}`", said(tables, stage) + f" Made by `{command(profile, dataset)}`."]
+        text = [f"## {dataset}, profile `{profile}`", said(tables, stage) + f" Made by `{command(stage, profile, dataset)}`."]
         text += [picture(p, f"{p.stem} of {dataset}") for p in drawn]
         text += [":::{container} wide\n" + p.read_text(encoding="utf-8").strip() + "\n:::" for p in found]
         cells.append(new_markdown_cell("\n\n".join(text)))
@@ -201,9 +202,9 @@ def picture(path: Path, words: str) -> str:
 
 # ---- pages made from data ----
 
-def toctree(names: list, caption: str = "", hidden: bool = True) -> str:
-    "A table of contents."
-    return "\n".join(["```{toctree}", *([":hidden:"] if hidden else []), *([f":caption: {caption}"] if caption else []), "", *names, "```"])
+def toctree(names: list, caption: str = "") -> str:
+    "An entry of the navigation."
+    return "\n".join(["```{toctree}", ":hidden:", *([f":caption: {caption}"] if caption else []), "", *names, "```"])
 
 
 def overview(folder: str, heading: str, words: str) -> list:
@@ -246,7 +247,7 @@ def gallery_page() -> str:
             maker = stage_of(p.stem) if kept else dict(audit="data_audit").get(where.parts[0], where.parts[0])
             notebook = NBS / "experiments" / f"{maker}.ipynb"
             by = f"[{title(notebook)[0]}](experiments/{notebook.name})" if notebook.exists() else "a library notebook"
-            how = f", `{command(*where.parts)}`" if kept and notebook.stem in STAGES else ""
+            how = f", `{command(maker, *where.parts)}`" if kept else ""
             text.append(f"{picture(p, p.stem)}\n\n*{p.stem.replace('_', ' ')}*: {by}{how}.")
     return "\n\n".join(text) + "\n"
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PERCEPTUAL', 'build_autoencoder', 'Lite0Distance', 'LPIPSDistance', 'perceptual_distance', 'marginal_divergence',
-           'roughness', 'low_frequency_share', 'AutoencoderLoss', 'PatchDiscriminator', 'AdversarialPair',
-           'AdversarialLoss', 'fold_deviation', 'encode_patches', 'decode_latents', 'psnr', 'ssim', 'stain_drift',
-           'train_autoencoder', 'reconstruct', 'reconstruction_quality']
+           'roughness', 'low_frequency_share', 'noise_deviations', 'AutoencoderLoss', 'PatchDiscriminator',
+           'AdversarialPair', 'AdversarialLoss', 'fold_deviation', 'encode_patches', 'decode_latents', 'psnr', 'ssim',
+           'stain_drift', 'train_autoencoder', 'reconstruct', 'reconstruction_quality']
 
 # %% ../nbs/library/11_autoencoder.ipynb #7ec0c6b0
 from dataclasses import replace
@@ -102,6 +102,15 @@ def low_frequency_share(
     return float(power[torch.hypot(waves[:, None], waves[None]) < longest].sum()/power.sum())
 
 # %% ../nbs/library/11_autoencoder.ipynb #9f5a1af1
+def noise_deviations(
+    n:int, # crops
+    least:float, # deviation, > 0
+    most:float, # deviation, >= least
+) -> torch.Tensor: # (n, 1, 1, 1)
+    "Deviation of the noise on each latent."
+    return least*(most/least)**(2*torch.rand(n, 1, 1, 1) - 1).clamp(min=0)
+
+# %% ../nbs/library/11_autoencoder.ipynb #fc5da0f6
 class AutoencoderLoss:
     "L1 + perceptual distance + divergence and roughness of the latents, on random crops of the patches."
     def __init__(self,
@@ -126,17 +135,13 @@ class AutoencoderLoss:
         y, x = torch.randint(self.images.shape[1] - self.crop + 1, (2,), generator=generator).tolist()
         return images_to_tensor(self.images[i, y:y + self.crop, x:x + self.crop]).to(get_device())
 
-    def deviations(self, z):
-        "(B, 1, 1, 1) deviation of the noise on each latent: the least for half of them, the others even in its logarithm."
-        u = torch.rand(len(z), 1, 1, 1, device=z.device)
-        return self.noise*(self.most_noise/self.noise)**(2*u - 1).clamp(min=0)
-
     def reconstruct(self, model, x):
         "Reconstructions through noisy latents, and what the loss asks of the latents, by name and weighted."
         z = model.encode(x).latent
         asked = dict(kl=self.kl_weight*marginal_divergence(z))
         if self.roughness_weight: asked["rough"] = self.roughness_weight*roughness(z)
-        return model.decode(z + self.deviations(z)*torch.randn_like(z)).sample.float(), asked
+        noise = noise_deviations(len(z), self.noise, self.most_noise).to(z.device)*torch.randn_like(z)
+        return model.decode(z + noise).sample.float(), asked
 
     def compare(self, y, x):
         "L1 and perceptual distance of reconstructions."
