@@ -252,6 +252,21 @@ def gallery_page() -> str:
     return "\n\n".join(text) + "\n"
 
 
+def cards_page():
+    "Write a page for each model card, and one that lists them."
+    cards = sorted((ROOT / "results" / "weights").glob("*/README.md"))
+    rows = []
+    for p in cards:
+        text = p.read_text(encoding="utf-8")
+        (OUT / f"weights-{p.parent.name}.md").write_text(text, encoding="utf-8")
+        rows.append(f"| [{p.parent.name}](weights-{p.parent.name}.md) | {text.split(chr(10) * 2)[1]} |")
+    names = [f"weights-{p.parent.name}" for p in cards]
+    words = "Priors that the project publishes, and what is known of each. [Sampling from published weights]" \
+            "(tutorials/04_published_weights.ipynb) shows them at work."
+    (OUT / "weights.md").write_text(f"# Model cards\n\n{words}\n\n| weights | what they are |\n|---|---|\n" + "\n".join(rows)
+                                    + "\n\n" + toctree(names) + "\n", encoding="utf-8")
+
+
 def file_page(name: str) -> str:
     "A text of the repository as a page."
     path = ROOT / name
@@ -287,11 +302,12 @@ def stage():
     texts = dict(data=data_page(), gallery=gallery_page(), results=file_page("results/README.md"), cite=cite_page(),
                  contributing=file_page("CONTRIBUTING.md"), changelog=file_page("CHANGELOG.md"))
     for name, text in texts.items(): (OUT / f"{name}.md").write_text(text, encoding="utf-8")
+    cards_page()
     home = page(NBS / "index.ipynb")
     more = [p.stem for p in sorted(NBS.glob("*.ipynb")) if p.stem != "index"]
     for name in more: write(page(NBS / f"{name}.ipynb"), f"{name}.ipynb")
     home.cells.append(new_markdown_cell("\n\n".join([
-        toctree([*more, *sections], "Read"), toctree(["results", "gallery", "data"], "Results"),
+        toctree([*more, *sections], "Read"), toctree(["results", "gallery", "weights", "data"], "Results"),
         toctree(["cite", "contributing", "changelog"], "Project")])))
     write(home, "index.ipynb")
 
