@@ -285,11 +285,16 @@ def _one(run, **change):
 def _labels(run):
     return [("share of the labels", f, _one(run, label_fraction=f)) for f in sorted({*run.knobs.ablation_labels, run.label_fraction})]
 
+def _trained(run, whole, **change):
+    "A variant that trains a prior of its own; the run itself where it has all that there is."
+    return run if whole else _one(run, prior="", **change)
+
 def _pretraining(run):
     c, sets = run.knobs, run.pretrain_sets
-    pools = [("unlabelled patches", n, _one(run, pretrain_patches=n)) for n in sorted({*c.ablation_pools, c.pretrain_patches})]
+    pools = [("unlabelled patches", n, _trained(run, n == c.pretrain_patches, pretrain_patches=n))
+             for n in sorted({*c.ablation_pools, c.pretrain_patches})]
     counts = sorted({min(k, len(sets)) for k in (*c.ablation_sets, len(sets))})
-    counts = [("pre-training sets", k, _one(run, pretrain_sets=sets[:k])) for k in counts]
+    counts = [("pre-training sets", k, _trained(run, k == len(sets), pretrain_sets=sets[:k])) for k in counts]
     return [v for axis in (pools, counts) if len(axis) > 1 for v in axis] or pools
 
 def _selection(run):

@@ -394,7 +394,7 @@ def unlabelled_pool(
     return np.stack(images), np.array(origin)
 
 # %% ../nbs/library/05_datasets.ipynb #1384f871
-PRETRAINING = ("pcam", "crc-polyps", "monuseg", "tcga-ut", "lc25000", "breakhis")
+PRETRAINING = ("pcam", "breakhis", "nct-crc-he", "kather2016-colour")
 
 def default_pretraining(
     target:str, # name of the labelled set

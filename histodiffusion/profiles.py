@@ -16,7 +16,7 @@ from .selection import RULES
 @dataclass(frozen=True)
 class DataKnobs:
     "What is read and at which size."
-    image_size: int = 64 # side of every patch, px, a multiple of 16
+    image_size: int = 32 # side of every patch, px, a multiple of 16
     stain: str = "none" # 'none', or 'macenko': colour patches are brought to one reference stain
     pretrain_patches: int = 1800 # unlabelled patches cut for pre-training
     label_fraction: float = .1 # share of the training labels that is known, 0 < f <= 1
@@ -25,6 +25,7 @@ class DataKnobs:
 @dataclass(frozen=True)
 class PriorKnobs:
     "The autoencoder and the unlabelled diffusion prior."
+    prior: str = "" # published prior to start from, a folder of results/weights; "": train one
     autoencoder_channels: tuple = (32, 64) # width at f = 2, 4 …; f = 2 ** levels
     autoencoder_layers: int = 1 # residual blocks per level
     latent_channels: int = 6 # channels of a latent of colour patches
@@ -131,16 +132,16 @@ _LABELS = ("name", "description", "tried", "expected")
 # %% ../nbs/library/21_profiles.ipynb #a7b0829b
 _SMALL = dict(
     name="small", description="real tissue on two CPU cores; sizes changed since its last whole run", tried=False,
-    pretrain_patches=30_000, label_fraction=.05, seeds=(0, 1, 2),
+    image_size=64, pretrain_patches=30_000, label_fraction=.05, seeds=(0, 1, 2),
     autoencoder_channels=(64, 128), autoencoder_layers=2, latent_channels=16, latent_channels_grey=4,
     autoencoder_steps=3500, autoencoder_batch=16, autoencoder_lr=2e-3,
-    unet_channels=(64, 128, 256), unet_attention=(False, True, True), diffusion_steps=3000, diffusion_batch=64, diffusion_lr=8e-4,
-    finetune_steps=600, classifier_steps=400, classifier_batch=64, classifier_lr=2e-3,
+    unet_channels=(48, 96, 192), unet_attention=(False, True, True), diffusion_steps=4000, diffusion_batch=64, diffusion_lr=8e-4,
+    finetune_steps=400, classifier_steps=400, classifier_batch=64, classifier_lr=2e-3,
     scheduler="unipc", sampler_steps=10, guidance_scale=3., samples_per_class=240,
-    backbone="test_vit", backbone_steps=800, backbone_lr=2e-3, backbone_batch=64, judge_steps=400, precision="auto",
+    backbone="test_vit", backbone_steps=800, backbone_lr=1e-3, backbone_batch=32, judge_steps=600, precision="auto",
     ablation_per_class=10, ablation_scales=(0., 1., 2., 4., 8., 16.), ablation_steps=(5, 10, 25, 100),
     ablation_schedulers=("ddim", "ddpm", "dpmpp", "unipc", "euler", "heun"), ablation_fractions=(.02, .05, .2), ablation_finetune_steps=150,
-    ratios=(.5, 1., 2., 3.), gan_steps=800, told_steps=600, referee_steps=400, ablation_seeds=3, ablation_labels=(.01, .02, .1, .2, .5, 1.),
+    ratios=(.5, 1., 2., 3.), gan_steps=800, told_steps=400, referee_steps=800, ablation_seeds=3, ablation_labels=(.01, .02, .1, .2, .5, 1.),
     ablation_pools=(3000,), ablation_sets=(1, 2, 3), ablation_thresholds=(.3, .7, .9), ablation_ratios=(5., 10.),
     ablation_backbones=("test_resnet", "efficientnet_lite0"))
 _GPU = _SMALL | dict(

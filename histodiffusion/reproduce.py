@@ -187,7 +187,8 @@ def describe_plan(
     lines = [f"profile   {run.profile}: {run.knobs.description}",
              f"target    {run.dataset}: {patches} patches, {classes} classes, labels of {run.label_fraction:.3g} of "
              "the training patches",
-             f"learns    from {run.knobs.pretrain_patches} unlabelled patches of {', '.join(run.pretrain_sets)}",
+             f"learns    from {run.knobs.pretrain_patches} unlabelled patches of {', '.join(run.pretrain_sets)}"
+             + (f", as the published prior '{run.knobs.prior}' did" if run.knobs.prior else ""),
              f"patches   {run.knobs.image_size} px, {'grey' if run.channels == 1 else 'colour'}", ""]
     for j in jobs:
         c = cost[j.name]

@@ -493,4 +493,4 @@ def load_pipeline(
     folder = Path(folder)
     if not (folder/"model_index.json").exists(): raise HistoDiffusionError(f"{folder} holds no saved pipeline: run its stage first.")
     classifier = LatentClassifier.from_pretrained(folder/"classifier") if (folder/"classifier").exists() else None
-    return AutoencoderDC.from_pretrained(folder/"vqvae"), UNet2DModel.from_pretrained(folder/"unet"), classifier
+    return AutoencoderDC.from_pretrained(folder/"vqvae").float(), UNet2DModel.from_pretrained(folder/"unet").float(), classifier

@@ -19,7 +19,7 @@ import torch
 from .audit import split_groups
 from .autoencoder import decode_latents, encode_patches, low_frequency_share, psnr, train_autoencoder
 from .backbone import BackboneConfig, build_backbone, features_and_posteriors, predict, train_backbone
-from .core import derive_seed, load_tensors, read_json, save_tensors, write_json
+from .core import HistoDiffusionError, derive_seed, load_tensors, read_json, save_tensors, write_json
 from .datasets import PatchSet, card_html, labelled_fraction, load_patches, split_patches, unlabelled_pool
 from .diffusion import LatentSampler, build_unet, noise_schedule, train_diffusion
 from .features import encode_images, load_encoder
@@ -71,6 +71,7 @@ def read_pool(
     run:Run,
 ) -> np.ndarray: # (N, H, W, C) uint8
     "The unlabelled pool of a run."
+    if run.knobs.prior: raise HistoDiffusionError(f"The published prior '{run.knobs.prior}' comes without the patches that it learnt from.")
     return np.load(run.folder("pretraining_data")/"pool.npy", allow_pickle=False)
 
 def read_split(
@@ -139,6 +140,7 @@ def load_autoencoder(
 ): # AutoencoderDC
     "The trained first stage of a run."
     from diffusers import AutoencoderDC
+    if run.knobs.prior: return load_pipeline(run.folder("diffusion")/"model")[0]
     return AutoencoderDC.from_pretrained(run.folder("autoencoder")/"model")
 
 # %% ../nbs/library/23_stages.ipynb #38a55651
@@ -202,6 +204,8 @@ def synthesize(
 
 class Candidates(dict):
     "Synthetic patches with the class that each was to show, and the latent classifier's confidence."
+    def __repr__(self): return f"{len(self['labels'])} synthetic patches"
+
     def _repr_html_(self):
         k = int(self["labels"].max()) + 1
         facts = {"classes": k, "of each": len(self["labels"])//k, "confidence": "median {:.2f}".format(np.median(self["confidence"]))}
