@@ -42,7 +42,7 @@ class StageSpec:
 # %% ../nbs/library/22_runs.ipynb #348f42b8
 _SHARED = (
     StageSpec("pretraining_data", "cut the pool of unlabelled patches", "the pool of patches", "pretrain",
-              data="pretraining", fields=("prior", "image_size", "stain", "pretrain_patches"), per_seed=False),
+              data="pretraining", fields=("image_size", "stain", "pretrain_patches"), per_seed=False),
     StageSpec("target_data", "read the labelled set and split it by content", "manifest and splits", "data",
               data="target", fields=("image_size", "stain"), per_seed=False),
     StageSpec("autoencoder", "train the autoencoder on the pool", "autoencoder, latent cache", "pretrain",
@@ -231,7 +231,7 @@ def _know_prior(run):
     if set(run.pretrain_sets) != set(record["data"]):
         raise HistoDiffusionError(f"The prior '{run.knobs.prior}' learnt from {', '.join(record['data'])}: leave --pretrain-sets out, "
                                   "or train a prior of your own.")
-    run._known.update(record["data"], channels=record["channels"], prior=record["key"])
+    run._known.update(record["data"], channels=record["channels"])
 
 def _refuse_leak(run):
     "Stop where the target's own images would be learnt from."
@@ -317,11 +317,10 @@ def stage_key(
 ) -> str: # 10 hexadecimal digits
     "Hash of everything that a stage depends on."
     if stage not in STAGES: raise HistoDiffusionError(f"Unknown stage '{stage}': use one of {', '.join(STAGES)}.")
-    if stage in PRIOR_STAGES and run.knobs.prior: return hash_object(("published", stage, run._known["prior"]))[:10]
     spec = STAGES[stage]
     sets = {"pretraining": run.pretrain_sets, "target": (run.dataset,), "": ()}[spec.data]
     return hash_object(dict(
-        format=FORMAT, stage=stage, knobs={k: v for k in spec.fields if (v := getattr(run.knobs, k)) != ""},
+        format=FORMAT, stage=stage, knobs={k: getattr(run.knobs, k) for k in spec.fields},
         upstream=[stage_key(r, u) for u, r in stage_inputs(run, stage)],
         data=[(s if s in REGISTRY else s.split(":")[0], run.fingerprint(s)) for s in sets],
         channels=run.channels if sets else None,

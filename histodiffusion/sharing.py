@@ -154,6 +154,7 @@ def publish_prior(
     folder = load_settings().results_path/"weights"/name
     if folder.exists(): raise HistoDiffusionError(f"{folder} exists: give another name, or remove it first.")
     vae, unet, _ = load_pipeline(run.folder("diffusion")/"model")
+    for net in (vae, unet): net.register_to_config(_name_or_path=name)  # not the place on this machine
     with atomic_path(folder) as new:
         for stage in PRIOR_STAGES:
             (new/stage).mkdir(parents=True)
