@@ -196,10 +196,11 @@ def train_told(
     min_snr_gamma:float=5., # 0: plain weights
     folder=None, # for checkpoints
     desc:str="told the class", # for the progress bar
+    gain:float=30., # of the class embedding, see `conditional_unet`
 ) -> Fit: # its model takes class_labels, K for none
     "Train a U-Net that is told the class of labelled latents."
     loss = ConditionalLoss(latents, n_classes, schedule or noise_schedule(), batch, min_snr_gamma)
-    return fit(conditional_unet(unet, n_classes), loss, config, folder, desc)
+    return fit(conditional_unet(unet, n_classes, gain), loss, config, folder, desc)
 
 # %% ../nbs/library/18_baselines.ipynb #484b5ce7
 def colour_features(

@@ -55,7 +55,7 @@ def _draw_told(run, labelled, labels, folder, pretrained):
     config = FitConfig(c.told_steps, c.told_lr, warmup=c.told_steps//20, ema_half_life=.1, seed=seed, precision=c.precision,
                        channels_last=False)
     told = train_told(latents, unet, len(labelled.classes), config, noise_schedule(c.prediction), c.diffusion_batch,
-                      c.min_snr_gamma, folder/name, name)
+                      c.min_snr_gamma, folder/name, name, c.told_gain)
     drawn = synthesize_patches(told.model, vae, labels, ClassifierFreeGuidance(c.free_scale),
                                make_scheduler(c.scheduler, noise_schedule(c.prediction)), c.sampler_steps, seed=seed, precision=c.precision)
     return drawn["images"], told

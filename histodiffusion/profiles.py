@@ -92,6 +92,7 @@ class BaselineKnobs:
     gan_lr: float = 4e-4 # learning rate of both its networks
     told_steps: int = 30 # steps of the diffusion models that are told the class
     told_lr: float = 5e-4 # their peak learning rate
+    told_gain: float = 30. # how much faster their class embedding learns
     free_scale: float = 2. # scale of classifier-free guidance, >= 1; 1: none
     encoder_lr: float = 1e-3 # peak learning rate of the packaged encoder as backbone
     referee: str = "test_resnet" # timm's name of the network that judges synthetic patches, trained on all training labels

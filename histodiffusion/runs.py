@@ -80,7 +80,7 @@ _ADAPTED = (
 _COMPARED = (
     StageSpec("baselines", "train other generators on the same labels, and draw patches", "synthetic patches of each", "baselines",
               ("target_data", "autoencoder", "diffusion"),
-              fields=("gan_steps", "gan_lr", "told_steps", "told_lr", "free_scale", "scheduler", "sampler_steps", "ratio",
+              fields=("gan_steps", "gan_lr", "told_steps", "told_lr", "told_gain", "free_scale", "scheduler", "sampler_steps", "ratio",
                       "min_snr_gamma", "precision")),
     StageSpec("compare", "train the backbone on the baselines' patches, and classifiers of colour and packaged features",
               "metrics and posteriors of each baseline", "baselines", ("target_data", "synthesize", "select", "baselines"),

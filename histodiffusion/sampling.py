@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEDULERS', 'DDIM', 'make_scheduler', 'set_steps', 'class_gradient', 'guided_noise', 'constant', 'cosine_scale',
-           'Guidance', 'ClassifierGuidance', 'ClassifierFreeGuidance', 'conditional_unet', 'ConditionalLoss',
-           'Autoguidance', 'alpha_bar_at', 'Trajectory', 'guided_sample', 'take', 'join', 'Rejection', 'draw_latents',
-           'calibrate_rejection', 'synthesize_patches', 'save_pipeline', 'load_pipeline']
+           'Guidance', 'ClassifierGuidance', 'ClassifierFreeGuidance', 'GainedEmbedding', 'conditional_unet',
+           'ConditionalLoss', 'Autoguidance', 'alpha_bar_at', 'Trajectory', 'guided_sample', 'take', 'join',
+           'Rejection', 'draw_latents', 'calibrate_rejection', 'synthesize_patches', 'save_pipeline', 'load_pipeline']
 
 # %% ../nbs/library/15_sampling.ipynb #78adb8e2
 import copy, inspect, math
@@ -168,15 +168,25 @@ class ClassifierFreeGuidance(Guidance):
         return none + scale*(told - none), None
 
 # %% ../nbs/library/15_sampling.ipynb #b3ca06ee
+class GainedEmbedding(torch.nn.Embedding):
+    "An embedding that starts at zero, and learns faster by a gain."
+    def __init__(self, n, width, gain=30.):
+        super().__init__(n, width)
+        self.gain = gain
+        torch.nn.init.zeros_(self.weight)
+
+    def forward(self, labels): return self.gain*super().forward(labels)
+
 def conditional_unet(
     unet:UNet2DModel, # pre-trained, unconditional
     n_classes:int, # K; class K means none
+    gain:float=30., # how much faster the class embedding learns, > 0
 ) -> UNet2DModel: # a copy with K + 1 classes
     "A U-Net that can be told a class and does not yet heed it."
     config = {k: v for k, v in unet.config.items() if not k.startswith("_")}
     model = UNet2DModel.from_config(config | dict(num_class_embeds=n_classes + 1))
     model.load_state_dict(unet.state_dict(), strict=False)
-    torch.nn.init.zeros_(model.class_embedding.weight)
+    model.class_embedding = GainedEmbedding(*model.class_embedding.weight.shape, gain)
     return model
 
 class ConditionalLoss(DiffusionLoss):
