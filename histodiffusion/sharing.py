@@ -7,7 +7,7 @@ __all__ = ['SHOWN', 'synthetic_metadata', 'croissant_metadata', 'export_syntheti
            'load_prior']
 
 # %% ../nbs/library/27_sharing.ipynb #97b9d515
-import shutil
+import os, shutil
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -230,7 +230,7 @@ class PublishedPrior:
     def _repr_html_(self):
         facts = {"classes": ", ".join(self.classes), "learnt from": ", ".join(self.record["data"]),
                  "weights": f"{sum(p.numel() for m in (self.autoencoder, self.unet) for p in m.parameters())/1e6:.1f} million",
-                 "card": str(self.folder/"README.md")}
+                 "card": os.path.relpath(self.folder/"README.md", load_settings().root)}
         return card_html(self.name, facts)
 
 def load_prior(
