@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from diffusers import AutoencoderDC
 from PIL import Image
 
@@ -147,12 +148,15 @@ class AutoencoderLoss:
         "L1 and perceptual distance of reconstructions."
         return (y - x).abs().mean(), self.distance(y, x).float() if self.distance else torch.zeros((), device=y.device)
 
-    def __call__(self, model, generator):
-        x = self.crops(generator)
-        y, asked = self.reconstruct(model, x)
-        l1, perceptual = self.compare(y, x)
-        loss = l1 + self.perceptual_weight*perceptual + sum(asked.values())
-        return loss, dict(l1=l1.detach(), perceptual=perceptual.detach()) | {k: v.detach() for k, v in asked.items()}
+# %% ../nbs/library/11_autoencoder.ipynb #eb1ddda6
+@patch
+def __call__(self:AutoencoderLoss, model, generator):
+    "The loss of one batch, and its parts."
+    x = self.crops(generator)
+    y, asked = self.reconstruct(model, x)
+    l1, perceptual = self.compare(y, x)
+    loss = l1 + self.perceptual_weight*perceptual + sum(asked.values())
+    return loss, dict(l1=l1.detach(), perceptual=perceptual.detach()) | {k: v.detach() for k, v in asked.items()}
 
 # %% ../nbs/library/11_autoencoder.ipynb #24daedbe
 class PatchDiscriminator(torch.nn.Sequential):

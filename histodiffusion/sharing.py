@@ -233,6 +233,7 @@ class PublishedPrior:
                  "card": os.path.relpath(self.folder/"README.md", load_settings().root)}
         return card_html(self.name, facts)
 
+# %% ../nbs/library/27_sharing.ipynb #7e826ee0
 def load_prior(
     name:str="open-grey-64", # folder in results/weights
 ) -> PublishedPrior:
