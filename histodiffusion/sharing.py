@@ -125,7 +125,7 @@ def export_synthetic(
     return folder
 
 # %% ../nbs/library/27_sharing.ipynb #0aa8c80d
-def _open_only(run, sets):
+def _open_only(sets):
     "Stop where weights learnt from a set that does not allow it."
     if closed := [s for s in sets if not may_show(s)]:
         raise HistoDiffusionError(f"Weights that learnt from {', '.join(closed)} are not to be published, since its licence is neither CC0 "
@@ -149,7 +149,7 @@ def publish_prior(
     measured:dict|None=None, # further facts for the card: what -> value
 ) -> Path:
     "Write a run's prior and latent classifier in half precision, with a card; the folder appears when it is complete."
-    _open_only(run, (*run.pretrain_sets, run.dataset))
+    _open_only((*run.pretrain_sets, run.dataset))
     if not run.done("adapt"): raise HistoDiffusionError("This run has no latent classifier yet: make it with 'histodiffusion adapt'.")
     folder = load_settings().results_path/"weights"/name
     if folder.exists(): raise HistoDiffusionError(f"{folder} exists: give another name, or remove it first.")
