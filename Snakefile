@@ -28,6 +28,6 @@ for job in JOBS:
         params:
             key=job.key,
         priority: 1 if job.stage == "ablation_pretraining" else 0 # the longest of the last ones
-        threads: (workflow.cores or 1) if job.alone else 1
+        threads: max(1, (workflow.cores or 1)//job.share) if job.share else 1
         shell:
             "OMP_NUM_THREADS={threads} {COMMAND} {rule}"

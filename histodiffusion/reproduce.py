@@ -15,7 +15,7 @@ from .core import HistoDiffusionError, load_settings, read_json
 from .datasets import dataset_classes, in_hdf5, list_images, packed_dataset, parse_phantom
 from .phantom import PHANTOM_CLASSES
 from .profiles import get_profile
-from .runs import RESULTS, STAGES, Run, forget, machine, provenance_path, upstream_of
+from .runs import PRIOR_STAGES, RESULTS, STAGES, Run, forget, machine, provenance_path, upstream_of
 
 # %% ../nbs/library/28_reproduce.ipynb #b1a1abb8
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Job:
     executed: str # where the executed notebook goes
     key: str # of the stage
     done: bool # whether there is nothing to do
-    alone: bool # whether it gets all cores
+    share: int # among how many jobs the cores are shared while it runs; 0: it makes do with one
     place: str # such as '3/14', for people
 
 def _path(path):
@@ -57,6 +57,12 @@ def plan(
     pairs = _jobs_of(run, targets)
     return [_job(s, r, f"{i}/{len(pairs)}", {s for s, _ in pairs}) for i, (s, r) in enumerate(pairs, 1)]
 
+def _share(stage, run):
+    "Small networks gain little from a second core, so seeds and ablations run side by side; on a GPU one job at a time."
+    if run.profile == "smoke": return 0
+    if stage in PRIOR_STAGES or shutil.which("nvidia-smi"): return 1
+    return len(run.knobs.seeds) if STAGES[stage].per_seed else len(RESULTS)
+
 def _job(stage, run, place, wanted):
     "One job of a plan, after the stages that it reads and those of the plan that come before it."
     spec, done = STAGES[stage], provenance_path(run, stage)
@@ -66,7 +72,7 @@ def _job(stage, run, place, wanted):
                inputs=tuple(_path(provenance_path(r, u)) for u, r in first),
                outputs=(_path(done), *(_path(done.parent/o) for o in spec.outputs)),
                executed=_path(run.results/"notebooks"/f"{stage}{tag}.ipynb"), key=run.key(stage), done=run.done(stage),
-               alone=run.profile != "smoke", place=place)
+               share=_share(stage, run), place=place)
 
 # %% ../nbs/library/28_reproduce.ipynb #2b67e9b4
 def make_stage(
