@@ -252,10 +252,10 @@ def stage_work(
     "What each stage does, counted."
     drawn, added, backbone = c.samples_per_class*len(labelled.classes), synthetic_counts(labelled, c.ratio).sum(), c.backbone_steps
     fine, told = c.finetune_steps*c.diffusion_batch, c.told_steps*c.diffusion_batch
-    new = 2*len({*c.ratios, c.ratio})
+    new, prior = 2*len({*c.ratios, c.ratio}), c.prior_steps or c.diffusion_steps
     return dict(
         pretraining_data=(0, c.pretrain_patches), autoencoder=(c.autoencoder_steps, c.autoencoder_steps*c.autoencoder_batch),
-        diffusion=(c.diffusion_steps, c.diffusion_steps*c.diffusion_batch),
+        diffusion=(prior, prior*c.diffusion_batch),
         adapt=(c.finetune_steps + c.classifier_steps, fine + c.classifier_steps*c.classifier_batch),
         synthesize=(0, drawn + (drawn//4 if c.finetune_steps else 0)), real_only=(2*backbone, 2*backbone*c.backbone_batch),
         augment=(new*backbone, new*backbone*c.backbone_batch), referee=(c.referee_steps, c.referee_steps*c.backbone_batch),

@@ -26,6 +26,8 @@ class DataKnobs:
 class PriorKnobs:
     "The autoencoder and the unlabelled diffusion prior."
     prior: str = "" # published prior to start from, a folder of results/weights; "": train one
+    prior_part: str = "whole" # what is taken from it: 'whole', or its 'autoencoder', with a U-Net of random weights
+    prior_steps: int = 0 # further steps of its U-Net on the run's own pool, >= 0
     autoencoder_channels: tuple = (32, 64) # width at f = 2, 4 …; f = 2 ** levels
     autoencoder_layers: int = 1 # residual blocks per level
     latent_channels: int = 6 # channels of a latent of colour patches
@@ -170,7 +172,7 @@ PROFILES: dict[str, Profile] = {p.name: p for p in (Profile(), *(Profile(**k) fo
 # %% ../nbs/library/21_profiles.ipynb #e3f2dce3
 _CHOICES = dict(stain=("none", "macenko"), prediction=("epsilon", "v_prediction"), classifier_mode=("noise_aware", "clean"),
                 precision=("no", "bf16", "fp16", "auto"), perceptual=("lite0", "lpips", "none"),
-                finetune_mode=("whole", "lora"), finetune_data=("labelled", "training"),
+                prior_part=("whole", "autoencoder"), finetune_mode=("whole", "lora"), finetune_data=("labelled", "training"),
                 selection_rule=RULES)
 
 def _as_type(name, value, like):
@@ -190,10 +192,11 @@ def _check(p):
     "Refuse values that no run can use."
     downs = len(p.autoencoder_channels) + len(p.unet_channels) - 1
     zero = ("perceptual_weight", "selection_diversity", "critic_weight", "critic_start", "kl_weight", "roughness_weight",
-            "latent_noise", "synthetic_share", "min_snr_gamma", "finetune_steps", "eta", "guidance_scale")
+            "latent_noise", "synthetic_share", "min_snr_gamma", "finetune_steps", "eta", "guidance_scale", "prior_steps")
     low = [k for k, v in p.knobs().items() if type(v) in (int, float) and (v < 0 or v == 0 and k not in zero)]
     problems = {
         f"{', '.join(low)} must be greater than 0": low,
+        "prior_steps and prior_part need a prior to start from": not p.prior and (p.prior_steps or p.prior_part != "whole"),
         "label_fraction must be at most 1": p.label_fraction > 1,
         "selection_threshold must be at most 1": p.selection_threshold > 1,
         "synthetic_share must be at most 1": p.synthetic_share > 1,

@@ -15,7 +15,8 @@ from .core import HistoDiffusionError, load_settings, read_json
 from .datasets import dataset_classes, in_hdf5, list_images, packed_dataset, parse_phantom
 from .phantom import PHANTOM_CLASSES
 from .profiles import get_profile
-from .runs import PRIOR_STAGES, RESULTS, STAGES, Run, forget, machine, provenance_path, upstream_of
+from .runs import (PRIOR_STAGES, RESULTS, STAGES, Run, forget, is_published, machine, provenance_path,
+                                 upstream_of)
 
 # %% ../nbs/library/28_reproduce.ipynb #b1a1abb8
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def work(
     seconds = dict(
         pretraining_data=1e-3*area*k.pretrain_patches, target_data=1e-3*area*patches,
         autoencoder=ae*k.autoencoder_batch*k.autoencoder_steps + whole*k.pretrain_patches,
-        diffusion=unet*k.diffusion_batch*k.diffusion_steps,
+        diffusion=unet*k.diffusion_batch*(k.prior_steps if k.prior else k.diffusion_steps),
         adapt=unet*(k.diffusion_batch*k.finetune_steps + k.classifier_batch*k.classifier_steps), synthesize=draw(1.25*new),
         real_only=3*training, select=10, augment=2*len({*k.ratios, k.ratio})*training,
         baselines=2*told + 2*draw(.6*patches*k.label_fraction*k.ratio) + .1*area*k.gan_steps,
@@ -194,7 +195,8 @@ def describe_plan(
              f"target    {run.dataset}: {patches} patches, {classes} classes, labels of {run.label_fraction:.3g} of "
              "the training patches",
              f"learns    from {run.knobs.pretrain_patches} unlabelled patches of {', '.join(run.pretrain_sets)}"
-             + (f", as the published prior '{run.knobs.prior}' did" if run.knobs.prior else ""),
+             + (f", {'as' if is_published(run.knobs, 'diffusion') else 'after'} the published prior '{run.knobs.prior}' did"
+                if run.knobs.prior else ""),
              f"patches   {run.knobs.image_size} px, {'grey' if run.channels == 1 else 'colour'}", ""]
     for j in jobs:
         c = cost[j.name]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'RESULTS', 'PRIOR_STAGES', 'FORMAT', 'MADE_BY', 'StageSpec', 'upstream_of', 'downstream_of', 'stage_fields',
-           'published_prior', 'Run', 'stage_inputs', 'stage_key', 'stage_home', 'provenance_path', 'is_done',
-           'commit_of', 'made_with', 'provenance', 'StageConfig', 'inside', 'stage_folder', 'check_leakage',
-           'command_of', 'stage', 'forget']
+           'published_prior', 'is_published', 'Run', 'prior_sets', 'stage_inputs', 'stage_key', 'stage_home',
+           'provenance_path', 'is_done', 'commit_of', 'made_with', 'provenance', 'StageConfig', 'inside',
+           'stage_folder', 'check_leakage', 'command_of', 'stage', 'forget']
 
 # %% ../nbs/library/22_runs.ipynb #5fd66685
 import contextlib, copy, functools, importlib.metadata, os, platform, re, shlex, shutil, subprocess, time
@@ -53,7 +53,7 @@ _SHARED = (
                       "precision")),
     StageSpec("diffusion", "train the unlabelled diffusion prior on latents", "U-Net, scheduler", "pretrain",
               ("pretraining_data", "autoencoder"), per_seed=False,
-              fields=("unet_channels", "unet_layers", "unet_attention", "prediction", "min_snr_gamma",
+              fields=("unet_channels", "unet_layers", "unet_attention", "prediction", "min_snr_gamma", "prior_part", "prior_steps",
                       "diffusion_steps", "diffusion_batch", "diffusion_lr", "precision")))
 
 # %% ../nbs/library/22_runs.ipynb #39854d47
@@ -165,11 +165,23 @@ def published_prior(
                                   "leave it out to train one.")
     return known[name], read_json(known[name]/"diffusion"/"provenance.json")
 
+def is_published(
+    knobs:Profile, # of a run
+    stage:str, # name in STAGES
+) -> bool:
+    "Whether a stage is taken from the run's published prior as it is."
+    learns_on = knobs.prior_steps > 0 or knobs.prior_part != "whole"
+    return bool(knobs.prior) and stage in (("autoencoder",) if learns_on else PRIOR_STAGES)
+
+_NEW = ("prior_part", "prior_steps")  # of what a run makes of a prior
+_OWN = ("precision", "pretrain_patches", "diffusion_steps", "diffusion_batch", "diffusion_lr", "min_snr_gamma")
+
 def _fixed_knobs(preset, overrides):
     "The knobs that a published prior brings with it."
     if not preset.prior: return {}
     own = published_prior(preset.prior)[1]["knobs"]
-    own = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items() if k != "precision"}
+    free = _OWN[:1] if is_published(preset, "diffusion") else _OWN
+    own = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items() if k in preset.knobs() and k not in free + _NEW}
     if clash := [k for k in sorted(own) if k in overrides and getattr(preset, k) != own[k]]:
         raise HistoDiffusionError(f"The prior '{preset.prior}' was made with {clash[0]} = {own[clash[0]]}: leave {clash[0]} out, or "
                                   "train a prior of your own.")
@@ -223,19 +235,27 @@ def _source(spec):
 
 def _sets_of(run):
     "What a run learns from where nothing else is said."
-    return published_prior(run.knobs.prior)[1]["data"] if run.knobs.prior else default_pretraining(run.dataset)
+    return published_prior(run.knobs.prior)[1]["data"] if is_published(run.knobs, "diffusion") else default_pretraining(run.dataset)
+
+def prior_sets(
+    run:Run,
+) -> tuple: # of names
+    "The sets that a run's published prior learnt from; none where it trains its own."
+    return tuple(published_prior(run.knobs.prior)[1]["data"]) if run.knobs.prior else ()
 
 def _know_prior(run):
     "Take over what the published prior says of its data, which need not be at hand."
     record = published_prior(run.knobs.prior)[1]
+    run._known.update(channels=record["channels"])
+    if not is_published(run.knobs, "diffusion"): return
     if set(run.pretrain_sets) != set(record["data"]):
         raise HistoDiffusionError(f"The prior '{run.knobs.prior}' learnt from {', '.join(record['data'])}: leave --pretrain-sets out, "
-                                  "or train a prior of your own.")
-    run._known.update(record["data"], channels=record["channels"])
+                                  "or let it learn on with --set prior_steps=1500.")
+    run._known.update(record["data"])
 
 def _refuse_leak(run):
     "Stop where the target's own images would be learnt from."
-    for s in run.pretrain_sets:
+    for s in (*run.pretrain_sets, *prior_sets(run)):
         if _source(s) == _source(run.dataset):
             raise HistoDiffusionError(f"Pre-training set '{s}' shares its images with the target '{run.dataset}', so "
                                       "test patches would be learnt from: leave it out of --pretrain-sets, or go on with "
@@ -318,10 +338,12 @@ def stage_key(
     "Hash of everything that a stage depends on."
     if stage not in STAGES: raise HistoDiffusionError(f"Unknown stage '{stage}': use one of {', '.join(STAGES)}.")
     spec = STAGES[stage]
+    if is_published(run.knobs, stage): return read_json(provenance_path(run, stage))["key"]  # of the training that it came from
     sets = {"pretraining": run.pretrain_sets, "target": (run.dataset,), "": ()}[spec.data]
     return hash_object(dict(
-        format=FORMAT, stage=stage, knobs={k: getattr(run.knobs, k) for k in spec.fields},
+        format=FORMAT, stage=stage, knobs={k: getattr(run.knobs, k) for k in spec.fields if run.knobs.prior or k not in _NEW},
         upstream=[stage_key(r, u) for u, r in stage_inputs(run, stage)],
+        **({"prior": published_prior(run.knobs.prior)[1]["key"]} if run.knobs.prior and stage == "diffusion" else {}),
         data=[(s if s in REGISTRY else s.split(":")[0], run.fingerprint(s)) for s in sets],
         channels=run.channels if sets else None,
         labels=(run.seed, run.label_fraction) if spec.per_seed else run.knobs.seeds[0] if spec.seeds == "first" else None))[:10]
@@ -332,7 +354,7 @@ def stage_home(
     stage:str, # name in STAGES
 ) -> Path: # folder of the stage's files
     "Where a stage writes."
-    if stage in PRIOR_STAGES and run.knobs.prior: return published_prior(run.knobs.prior)[0]/stage
+    if is_published(run.knobs, stage): return published_prior(run.knobs.prior)[0]/stage
     place = STAGES[stage].place if stage in STAGES else ""
     if place in ("results", "figures"): return getattr(run, place)
     return load_settings().results_path/"artefacts"/f"{stage}-{stage_key(run, stage)}"
@@ -351,7 +373,7 @@ def is_done(
 ) -> bool:
     "Whether a stage's files are complete and made from just these inputs."
     path = provenance_path(run, stage)
-    if stage in PRIOR_STAGES and run.knobs.prior: return path.is_file()
+    if is_published(run.knobs, stage): return path.is_file()
     return (path.is_file() and all((path.parent/o).is_file() for o in STAGES[stage].outputs)
             and read_json(path).get("key") == stage_key(run, stage))
 
@@ -505,12 +527,14 @@ def check_leakage(
 ):
     "Stop where pre-training sets repeat the target's test or validation patches; the pairs are written beside the pool."
     phantom = lambda s: s.startswith("phantom:")
-    sets = [s for s in run.pretrain_sets if not (phantom(s) and phantom(run.dataset))]
-    if run._known.get("leakage checked") or not sets: return
-    if run.knobs.prior:
-        print(f"not checked: whether {', '.join(sets)}, which the prior '{run.knobs.prior}' learnt from, repeat patches of '{run.dataset}'")
-        run._known["leakage checked"] = True
-        return
+    if run._known.get("leakage checked"): return
+    own = () if is_published(run.knobs, "diffusion") else run.pretrain_sets
+    sets = [s for s in own if not (phantom(s) and phantom(run.dataset))]
+    if unseen := [s for s in prior_sets(run) if s not in own]:
+        print(f"not checked: whether {', '.join(unseen)}, which the prior '{run.knobs.prior}' learnt from, repeat patches of "
+              f"'{run.dataset}'")
+    run._known["leakage checked"] = not sets
+    if not sets: return
     from histodiffusion.audit import leakage, refuse_leakage, write_leaks
     leaks = leakage(run.dataset, sets, run.knobs.image_size)
     path = write_leaks(leaks, run.folder("pretraining_data")/"leakage.csv", run.dataset)
@@ -571,7 +595,7 @@ def forget(
     for name in downstream_of(stage):
         every = STAGES[name].per_seed and not STAGES[stage].per_seed
         for r in map(run.with_seed, dict.fromkeys([run.seed, *run.knobs.seeds]) if every else [run.seed]):
-            if name in PRIOR_STAGES and r.knobs.prior: continue  # nobody's to remove
+            if is_published(r.knobs, name): continue  # nobody's to remove
             path = r.folder(name) if STAGES[name].place == "artefacts" else provenance_path(r, name)
             if path.is_dir(): shutil.rmtree(path)
             elif path.exists(): path.unlink()

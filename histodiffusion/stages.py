@@ -25,11 +25,11 @@ from .diffusion import LatentSampler, build_unet, noise_schedule, train_diffusio
 from .features import encode_images, load_encoder
 from .latent_classifier import LabelledLatents, classifier_from_unet, d4_images, noise_report, train_latent_classifier
 from .metrics import classification_metrics, frechet_distance, near_copies, write_table
-from .runs import Run, stage
+from .runs import Run, is_published, published_prior, stage
 from .sampling import ClassifierGuidance, load_pipeline, make_scheduler, save_pipeline, synthesize_patches
 from .selection import class_centroids, class_spacing, select_patches, selection_report
 from .stain import normalise_stain
-from .training import FitConfig
+from .training import Fit, FitConfig
 
 # %% ../nbs/library/23_stages.ipynb #fd0617d9
 @stage("pretraining_data")
@@ -71,7 +71,8 @@ def read_pool(
     run:Run,
 ) -> np.ndarray: # (N, H, W, C) uint8
     "The unlabelled pool of a run."
-    if run.knobs.prior: raise HistoDiffusionError(f"The published prior '{run.knobs.prior}' comes without the patches that it learnt from.")
+    if is_published(run.knobs, "pretraining_data"):
+        raise HistoDiffusionError(f"The published prior '{run.knobs.prior}' comes without the patches that it learnt from.")
     return np.load(run.folder("pretraining_data")/"pool.npy", allow_pickle=False)
 
 def read_split(
@@ -119,7 +120,7 @@ def diffusion(
     run:Run,
     folder:Path, # given by the decorator
 ):
-    "Cache the pool's latents, then train the unconditional prior on them."
+    "Cache the pool's latents, then train the unconditional prior on them, or train a published one further."
     c = run.config
     vae = load_autoencoder(run)
     if not (folder/"latents.safetensors").exists():
@@ -127,20 +128,31 @@ def diffusion(
                      dict(latents=encode_patches(vae, read_pool(run), desc="caching latents", precision=c.precision)))
     latents = load_tensors(folder/"latents.safetensors")["latents"]
     torch.manual_seed(0)
-    unet = build_unet(latents.shape[-1], latents.shape[1], c.unet_channels, c.unet_layers, c.unet_attention)
-    fitted = train_diffusion(LatentSampler(latents), unet, noise_schedule(c.prediction), c.diffusion_batch,
-                             c.min_snr_gamma, FitConfig(c.diffusion_steps, c.diffusion_lr, warmup=c.diffusion_steps//30,
-                                                        precision=c.precision, channels_last=False), folder)
+    unet, steps = _training_plan(run, latents)
+    fitted = train_diffusion(LatentSampler(latents), unet, noise_schedule(c.prediction), c.diffusion_batch, c.min_snr_gamma,
+                             FitConfig(steps, c.diffusion_lr, warmup=steps//30, precision=c.precision, channels_last=False),
+                             folder) if steps else Fit(unet, [], 0., "no")
     save_pipeline(folder/"model", vae, fitted.model, schedule=noise_schedule(c.prediction))
     write_json(folder/"metrics.json", dict(history=fitted.history, training_seconds=fitted.seconds, precision=fitted.precision,
-                                           latents_seen=c.diffusion_steps*c.diffusion_batch))
+                                           latents_seen=steps*c.diffusion_batch))
+
+def _from_prior(run):
+    "Autoencoder and U-Net of a run's published prior."
+    return load_pipeline(published_prior(run.knobs.prior)[0]/"diffusion"/"model")[:2]
+
+def _training_plan(run, latents):
+    "The U-Net that a prior starts from, and the steps that it gets: those of the profile, or further ones after a published prior."
+    c, k = run.config, run.knobs
+    if k.prior and k.prior_part == "whole": return _from_prior(run)[1], c.prior_steps
+    unet = build_unet(latents.shape[-1], latents.shape[1], c.unet_channels, c.unet_layers, c.unet_attention)
+    return unet, c.prior_steps if k.prior else c.diffusion_steps
 
 def load_autoencoder(
     run:Run,
 ): # AutoencoderDC
     "The trained first stage of a run."
     from diffusers import AutoencoderDC
-    if run.knobs.prior: return load_pipeline(run.folder("diffusion")/"model")[0]
+    if run.knobs.prior: return _from_prior(run)[0]
     return AutoencoderDC.from_pretrained(run.folder("autoencoder")/"model")
 
 # %% ../nbs/library/23_stages.ipynb #38a55651

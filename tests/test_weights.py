@@ -8,8 +8,10 @@ import pytest
 
 from histodiffusion.audit import may_show
 from histodiffusion.core import HistoDiffusionError, hash_file, read_json
-from histodiffusion.runs import PRIOR_STAGES, Run, forget
+from histodiffusion.runs import PRIOR_STAGES, STAGES, Run, forget, upstream_of
+from histodiffusion.sampling import load_pipeline
 from histodiffusion.sharing import load_prior
+from histodiffusion.stages import diffusion, pretraining_data
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "results" / "weights"
 NAMES = sorted(p.parent.name for p in WEIGHTS.glob("*/README.md"))
@@ -51,3 +53,48 @@ def test_a_run_that_starts_from_published_weights_cannot_remove_them(name, tmp_p
     assert sorted(WEIGHTS.rglob("*")) == before
     with pytest.raises(HistoDiffusionError, match="leave --pretrain-sets out"):
         Run("small", "phantom:target", ["phantom:kyoto"], overrides={"prior": name})
+
+
+def start_from(name, pretrain_sets=("phantom:kyoto:60",), **knobs):
+    knobs = dict(prior=name, pretrain_patches=40, diffusion_batch=4, diffusion_lr=1e-6) | knobs
+    return Run("small", "phantom:target", pretrain_sets, overrides=knobs)
+
+
+def distance(a, b):
+    return sum(float((p - q).square().sum()) for p, q in zip(a.parameters(), b.parameters())) ** 0.5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_published_prior_learns_on(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HISTODIFFUSION_RESULTS_PATH", str(tmp_path))
+    published, nets = load_prior(name).unet, {}
+    for key, knobs in dict(further={"prior_steps": 2}, fresh={"prior_part": "autoencoder", "prior_steps": 2},
+                           none={"prior_part": "autoencoder"}).items():  # fmt: skip
+        run = start_from(name, **knobs)
+        pretraining_data(run)
+        diffusion(run)
+        assert WEIGHTS not in run.folder("diffusion").parents and run.done("autoencoder")
+        nets[key] = load_pipeline(run.folder("diffusion") / "model")[1]
+    norm = distance(published, nets["none"])
+    assert 0 < distance(published, nets["further"]) < 1e-3 * norm
+    assert 0 < distance(nets["none"], nets["fresh"]) < 1e-3 * norm
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_what_follows_the_prior_depends_on_how_it_learns_on(name):
+    as_it_is = Run("small", "phantom:target", overrides={"prior": name})
+    follows = [s for s in STAGES if "diffusion" in upstream_of(s)]
+    for knobs in ({"prior_steps": 2}, {"prior_steps": 3}, {"prior_part": "autoencoder"}):
+        run = start_from(name, **knobs)
+        changed = [s for s in STAGES if s != "pretraining_data" and run.key(s) != as_it_is.key(s)]
+        assert changed == follows, knobs
+        as_it_is = run
+
+
+def test_learning_on_needs_a_prior_and_keeps_clear_of_the_target():
+    with pytest.raises(HistoDiffusionError, match="need a prior to start from"):
+        Run("small", overrides={"prior_steps": 2})
+    with pytest.raises(HistoDiffusionError, match="shares its images"):
+        start_from(NAMES[0], ["phantom:target:60"], prior_steps=2)
+    with pytest.raises(HistoDiffusionError, match="was made with unet_layers"):
+        start_from(NAMES[0], prior_steps=2, unet_layers=3)
