@@ -42,7 +42,7 @@ def _path(path):
 # %% ../nbs/library/28_reproduce.ipynb #dd44ee95
 def _jobs_of(run, targets):
     "(stage, run with its seed) of every job, in order."
-    wanted = [s for s in STAGES if any(s in upstream_of(t) for t in targets)]
+    wanted = [s for s in STAGES if any(s in upstream_of(t) for t in targets) and not is_published(run.knobs, s)]
     seeds = {False: [run.with_seed(0)], True: [run.with_seed(s) for s in run.knobs.seeds]}
     shared = [(s, r) for s in wanted if not STAGES[s].per_seed and STAGES[s].seeds == "own" for r in seeds[False]]
     own = [(s, r) for r in seeds[True] for s in wanted if STAGES[s].per_seed]
@@ -67,7 +67,7 @@ def _share(stage, run):
 def _job(stage, run, place, wanted):
     "One job of a plan, after the stages that it reads and those of the plan that come before it."
     spec, done = STAGES[stage], provenance_path(run, stage)
-    first = run.inputs(stage) + [(s, run) for s in spec.after if s in wanted]
+    first = [(u, r) for u, r in run.inputs(stage) if not is_published(run.knobs, u)] + [(s, run) for s in spec.after if s in wanted]
     tag = f"-{run.seed}" if spec.per_seed else ""
     return Job(name=stage + tag.replace("-", "_"), stage=stage, notebook=spec.notebook, parameters=run.parameters,
                inputs=tuple(_path(provenance_path(r, u)) for u, r in first),

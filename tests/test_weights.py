@@ -8,6 +8,7 @@ import pytest
 
 from histodiffusion.audit import may_show
 from histodiffusion.core import HistoDiffusionError, hash_file, read_json
+from histodiffusion.reproduce import plan
 from histodiffusion.runs import PRIOR_STAGES, STAGES, Run, forget, upstream_of
 from histodiffusion.sampling import load_pipeline
 from histodiffusion.sharing import load_prior
@@ -89,6 +90,12 @@ def test_only_what_follows_the_prior_depends_on_how_it_learns_on(name):
         changed = [s for s in STAGES if s != "pretraining_data" and run.key(s) != as_it_is.key(s)]
         assert changed == follows, knobs
         as_it_is = run
+
+
+@pytest.mark.parametrize("knobs", [{}, {"prior_steps": 2}], ids=["as it is", "learning on"])
+def test_no_job_of_a_plan_writes_or_waits_for_published_files(knobs):
+    run = start_from(NAMES[0], **knobs) if knobs else Run("small", "phantom:target", overrides={"prior": NAMES[0]})
+    assert not [f for j in plan(run) for f in (*j.inputs, *j.outputs) if "weights" in Path(f).parts]
 
 
 def test_learning_on_needs_a_prior_and_keeps_clear_of_the_target():
