@@ -10,6 +10,7 @@ __all__ = ['INTERVALS', 'ADAPTATION_MODES', 'AXES', 'Cell', 'sampling_cells', 'S
 
 # %% ../nbs/library/25_ablations.ipynb #0f81f1d7
 import copy
+import functools
 import time
 from dataclasses import asdict, dataclass, replace
 
@@ -23,7 +24,7 @@ from .autoencoder import decode_latents, encode_patches
 from .core import derive_seed, hash_object, progress, read_json, write_json
 from .datasets import labelled_fraction
 from .diffusion import LatentSampler, noise_schedule, train_diffusion
-from .evaluation import Yardstick, read_hits
+from .evaluation import ENCODER, Yardstick, read_hits
 from .features import encode_images
 from .figures import plot_ablation, plot_adaptation, plot_quality_seconds, plot_variants, save_figure
 from .latent_classifier import (LabelledLatents, LatentClassifier, classifier_from_unet, d4_images, noise_report,
@@ -31,7 +32,7 @@ from .latent_classifier import (LabelledLatents, LatentClassifier, classifier_fr
 from .metrics import TABLE_COLUMNS, near_copies, summarise_methods, write_table
 from .runs import MADE_BY, Run, stage, upstream_of
 from .sampling import ClassifierGuidance, calibrate_rejection, load_pipeline, make_scheduler, synthesize_patches
-from .stages import Acceptance, ratios_of, read_labelled, read_split
+from .stages import Acceptance, read_labelled, read_split
 from .training import FitConfig
 
 # %% ../nbs/library/25_ablations.ipynb #0faf40c8
@@ -285,17 +286,16 @@ def _one(run, **change):
 def _labels(run):
     return [("share of the labels", f, _one(run, label_fraction=f)) for f in sorted({*run.knobs.ablation_labels, run.label_fraction})]
 
-def _trained(run, whole, **change):
-    "A variant that trains a prior of its own; the run itself where it has all that there is."
-    return run if whole else _one(run, prior="", **change)
-
 def _pretraining(run):
+    "Fewer patches, fewer sets; where the first stage is a published one, each prior is trained in it for the same few steps."
     c, sets = run.knobs, run.pretrain_sets
-    pools = [("unlabelled patches", n, _trained(run, n == c.pretrain_patches, pretrain_patches=n))
-             for n in sorted({*c.ablation_pools, c.pretrain_patches})]
+    few = dict(prior_part="autoencoder", prior_steps=c.ablation_prior_steps) if c.prior else {}
+    pools = [("unlabelled patches", n, _one(run, pretrain_patches=n, **few)) for n in sorted({*c.ablation_pools, c.pretrain_patches})]
     counts = sorted({min(k, len(sets)) for k in (*c.ablation_sets, len(sets))})
-    counts = [("pre-training sets", k, _trained(run, k == len(sets), pretrain_sets=sets[:k])) for k in counts]
-    return [v for axis in (pools, counts) if len(axis) > 1 for v in axis] or pools
+    counts = [("pre-training sets", k, _one(run, pretrain_sets=sets[:k], **few)) for k in counts]
+    if c.prior: counts = [("pre-training sets", 0, _one(run, prior_part="autoencoder", prior_steps=0)), *counts]
+    own = [("prior", f"{c.prior}, and {c.prior_steps} steps" if c.prior_steps else c.prior, run)] if c.prior else []
+    return [v for axis in (pools, counts) if len(axis) > 1 for v in axis] + own or pools
 
 def _selection(run):
     c = run.knobs
@@ -306,14 +306,23 @@ def _selection(run):
 def _ratio(run):
     "One run with candidates enough for the largest ratio, about half of which pass."
     c, labelled = run.knobs, read_labelled(run.with_seed(run.knobs.seeds[0]))
-    ratios = sorted({*ratios_of(c), *c.ablation_ratios})
+    ratios = sorted({c.ratio, *c.ablation_ratios})
     most = int(np.ceil(2*ratios[-1]*np.bincount(labelled.labels).max()))
     return [("synthetic over real patches", None, variant(run, ratios=ratios, samples_per_class=max(c.samples_per_class, most)))]
 
+def _packaged(run):
+    "The packaged encoder with and without selected patches, which every run fine-tunes among its baselines, as Table 1."
+    names = dict(finetuned_encoder="real", finetuned_encoder_histodiffusion="histodiffusion_selected")
+    runs = [run.with_seed(s) for s in run.knobs.seeds[:run.knobs.ablation_seeds]]
+    rows = pd.concat([pd.read_csv(r.folder("compare")/"rows.csv") for r in runs], ignore_index=True)
+    hits = {(names[m], *rest): v for (m, *rest), v in read_hits([("compare", r) for r in runs]).items() if m in names}
+    return summarise_methods(rows[rows.method.isin(names)].assign(method=lambda d: d.method.map(names)), hits)
+
 def _backbone(run):
     c = run.knobs
-    others = [("backbone", n, _one(run, backbone=n, backbone_lr=1e-3)) for n in c.ablation_backbones if n != c.backbone]
-    return [("backbone", c.backbone, run), *others]
+    others = [n for n in c.ablation_backbones if n not in (c.backbone, ENCODER)]
+    rest = [("backbone", n, _one(run, backbone=n, backbone_lr=1e-3)) for n in others]
+    return [("backbone", c.backbone, run), *rest, ("backbone", ENCODER, functools.partial(_packaged, run))]
 
 # %% ../nbs/library/25_ablations.ipynb #55940f11
 AXES = dict(labels=_labels, pretraining=_pretraining, selection=_selection, ratio=_ratio, backbone=_backbone)
@@ -331,9 +340,8 @@ def vary(
     "Make every variant of an axis and write its table and figure."
     tables = []
     for axis, value, changed in progress(AXES[name](run), desc=name, unit="variant"):
-        table = measure_variant(changed)
-        if value is None: table = _by_ratio(table)
-        else: table = table[table.ratio.isin([0, changed.knobs.ratio])].assign(value=value)
+        table = measure_variant(changed) if isinstance(changed, Run) else changed()
+        table = _by_ratio(table) if value is None else table[table.ratio.isin([0, run.knobs.ratio])].assign(value=value)
         tables.append(table.assign(axis=axis))
     table = pd.concat(tables)[["axis", "value", *TABLE_COLUMNS]]
     write_table(table, run.results/f"ablation_{name}", "One choice of the run changed at a time; all else as in Table 1.")

@@ -115,9 +115,10 @@ class AblationKnobs:
     ablation_labels: tuple = (.05,) # further label fractions at which the gain is measured
     ablation_pools: tuple = (1800,) # numbers of unlabelled patches
     ablation_sets: tuple = (1,) # numbers of pre-training sets
+    ablation_prior_steps: int = 15 # steps of each of these priors, where a published prior lends its first stage
     ablation_thresholds: tuple = (.9,) # further thresholds of selection
     ablation_ratios: tuple = (1.5,) # further ratios of synthetic over real patches
-    ablation_backbones: tuple = ("test_vit",) # further backbones
+    ablation_backbones: tuple = ("test_vit",) # further backbones; the packaged encoder is always one
 
 # %% ../nbs/library/21_profiles.ipynb #ddf37e2c
 @dataclass(frozen=True)
@@ -142,11 +143,11 @@ _SMALL = dict(
     finetune_steps=400, classifier_steps=400, classifier_batch=64, classifier_lr=2e-3,
     scheduler="unipc", sampler_steps=10, guidance_scale=3., samples_per_class=240,
     backbone="test_vit", backbone_steps=800, backbone_lr=1e-3, backbone_batch=32, judge_steps=600, precision="auto",
-    ablation_per_class=10, ablation_scales=(0., 1., 2., 4., 8., 16.), ablation_steps=(5, 10, 25, 100),
-    ablation_schedulers=("ddim", "ddpm", "dpmpp", "unipc", "euler", "heun"), ablation_fractions=(.02, .05, .2), ablation_finetune_steps=150,
-    ratios=(.5, 1., 2., 3.), gan_steps=800, told_steps=400, referee_steps=800, ablation_seeds=3, ablation_labels=(.01, .02, .1, .2, .5, 1.),
-    ablation_pools=(3000,), ablation_sets=(1, 2, 3), ablation_thresholds=(.3, .7, .9), ablation_ratios=(5., 10.),
-    ablation_backbones=("test_resnet", "efficientnet_lite0"))
+    ablation_per_class=10, ablation_scales=(0., 1., 3., 8.), ablation_steps=(5, 10, 40),
+    ablation_schedulers=("ddim", "ddpm", "dpmpp", "unipc"), ablation_fractions=(.02, .05), ablation_finetune_steps=150,
+    ratios=(.5, 1., 2., 3.), gan_steps=800, told_steps=400, referee_steps=800, ablation_seeds=1, ablation_labels=(.01, .2),
+    ablation_pools=(3000,), ablation_sets=(1,), ablation_prior_steps=500, ablation_thresholds=(.9,), ablation_ratios=(3., 10.),
+    ablation_backbones=("test_resnet",))
 _GPU = _SMALL | dict(
     name="gpu", description="one GPU, a day; untried", tried=False, expected=None, seeds=(0, 1, 2, 3, 4), pretrain_patches=400_000,
     autoencoder_channels=(128, 256), autoencoder_layers=3, autoencoder_steps=40_000, autoencoder_batch=64,

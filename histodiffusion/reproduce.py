@@ -106,10 +106,12 @@ def _variants(k, seconds, more):
     "Seconds of the ablations whose variants are runs of their own, from those of one run."
     chain = sum(seconds[s] for s in ("adapt", "synthesize", "real_only", "augment"))
     seeds, prior = min(len(k.seeds), k.ablation_seeds), seconds["autoencoder"] + seconds["diffusion"]
+    if k.prior: prior = seconds["diffusion"]*k.ablation_prior_steps/max(1, k.prior_steps)
     return dict(ablation_labels=seeds*len(k.ablation_labels)*chain, ablation_ratio=seeds*(more + seconds["augment"]),
-                ablation_pretraining=(len({*k.ablation_pools} - {k.pretrain_patches}) + len(k.ablation_sets))*(prior + seeds*chain),
+                ablation_pretraining=(len({*k.ablation_pools} - {k.pretrain_patches}) + len(k.ablation_sets) + bool(k.prior))*(
+                    prior + seeds*chain),
                 ablation_selection=seeds*(2 + len(k.ablation_thresholds))*seconds["augment"],
-                ablation_backbone=seeds*len(k.ablation_backbones)*5*(seconds["real_only"] + seconds["augment"]))
+                ablation_backbone=seeds*len(k.ablation_backbones)*(seconds["real_only"] + seconds["augment"]/4))
 
 # %% ../nbs/library/28_reproduce.ipynb #ca951a5d
 def work(

@@ -117,10 +117,11 @@ _FINAL = (
     _final("ablation_sampling", "put the choices in sampling side by side", "ablate", ("sampling_grid",), "first",
            outputs=("ablation_sampling.csv", "ablation_sampling.md", "ablation_classifier.csv", "ablation_classifier.md")),
     _final("ablation_adaptation", "put the ways to adapt side by side", "ablate", ("adaptation_grid",), "first"),
-    *(_final(f"ablation_{n}", what, "ablate", ("augment",), fields=("seeds", "ablation_seeds", *fields))
+    *(_final(f"ablation_{n}", what, "ablate", ("augment", "compare") if n == "backbone" else ("augment",),
+             fields=("seeds", "ablation_seeds", *fields))
       for n, what, fields in (
         ("labels", "vary the share of the labels that is known", ("ablation_labels",)),
-        ("pretraining", "vary the sets and patches of pre-training", ("ablation_pools", "ablation_sets")),
+        ("pretraining", "vary the sets and patches of pre-training", ("ablation_pools", "ablation_sets", "ablation_prior_steps")),
         ("selection", "vary the rule of selection", ("ablation_thresholds",)),
         ("ratio", "vary the number of synthetic patches", ("ablation_ratios",)),
         ("backbone", "vary the network that is trained on them", ("ablation_backbones",)))),
