@@ -30,7 +30,7 @@ from .figures import method_diagram, plot_calibration, plot_class_gain, plot_fea
 from .latent_classifier import LabelledLatents
 from .metrics import (classification_metrics, gain_interval, holm, image_quality, near_copies, nearest_neighbours,
                                     summarise_methods, write_table)
-from .runs import STAGES, Run, provenance_path, stage
+from .runs import STAGES, Run, is_published, provenance_path, published_prior, stage
 from .sampling import ClassifierFreeGuidance, load_pipeline, make_scheduler, synthesize_patches
 from .stages import (backbone_config, chosen_patches, load_backbone, measure_methods, read_labelled, read_split,
                                    read_synthetic, synthetic_counts, with_patches)
@@ -284,8 +284,11 @@ def table_3(
         rows.append(dict(stage=name, what=STAGES[name].what, runs=len(mine), steps=steps, images=images, seconds_mean=np.mean(seconds),
                          seconds_sum=np.sum(seconds), peak_memory_mib=max(memory, default=float("nan")),
                          device=mine[0]["machine"]["device"]))
-    write_table(pd.DataFrame(rows), run.results/"table_3",
-                "Cost of each stage: optimiser steps, images or latents that they see or draw, wall seconds of one run and of all seeds.")
+    before = ""
+    if run.knobs.prior and not is_published(run.knobs, "diffusion"):
+        before = f" The published prior `{run.knobs.prior}` had taken {published_prior(run.knobs.prior)[1]['seconds']:.0f} seconds before."
+    write_table(pd.DataFrame(rows), run.results/"table_3", "Cost of each stage: optimiser steps, images or latents that they see or draw, "
+                "wall seconds of one run and of all seeds." + before)
 
 # %% ../nbs/library/24_evaluation.ipynb #30b06127
 def class_examples(

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .core import write_text
-from .runs import Run, stage
+from .runs import Run, prior_sets, stage
 
 # %% ../nbs/library/26_report.ipynb #fd74aca2
 def interval(
@@ -101,7 +101,8 @@ def report(
                                     "memorisation.csv, label_noise.csv, calibration.csv, gain_by_class.csv"),
              "Is it what the profile should reach?": (compare_expected(table, run.knobs.expected, run.dataset), "table_1.csv")}
     head = (f"# {run.dataset} at {run.label_fraction:.3g} of the labels\n\nProfile `{run.profile}`, {len(run.knobs.seeds)} seeds, "
-            f"pre-trained on {', '.join(run.pretrain_sets)}.\n")
+            f"pre-trained on {', '.join(dict.fromkeys((*prior_sets(run), *run.pretrain_sets)))}"
+            + (f", starting from the published prior `{run.knobs.prior}`" if run.knobs.prior else "") + ".\n")
     body = [f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines) + f"\n\nFrom {source}.\n"
             for title, (lines, source) in parts.items()]
     write_text(run.results/"report.md", "\n".join([head, *body]))
