@@ -118,9 +118,20 @@ def draw_balanced(
     return torch.stack([members[c][int(v*len(members[c]))] for c, v in zip(k.tolist(), u.tolist())])
 
 # %% ../nbs/library/17_backbone.ipynb #99960fb7
+def _check_targets(targets, n, n_classes, config):
+    "Soft targets of n extra patches as a tensor, or None."
+    if targets is None or not n: return None
+    p = np.asarray(targets, np.float32)
+    if p.shape != (n, n_classes) or (p < 0).any() or not np.allclose(p.sum(1), 1, atol=1e-3):
+        raise HistoDiffusionError(f"Targets of {n} extra patches must be ({n}, {n_classes}) with rows that sum to 1, and these are "
+                                  f"{p.shape}: give posteriors.")
+    if config.augmentation == "standard":
+        raise HistoDiffusionError("timm's mixup mixes classes, not soft targets: use augmentation d4, or leave extra_targets out.")
+    return torch.from_numpy(p)
+
 class _Pool:
     "Patches with labels, real ones first, drawn with classes balanced, augmented, with soft targets."
-    def __init__(self, images, labels, n_classes, config, n_real=None):
+    def __init__(self, images, labels, n_classes, config, n_real=None, extra_targets=None):
         if config.augmentation not in ("d4", "standard"):
             raise HistoDiffusionError(f"Unknown augmentation '{config.augmentation}': use d4 or standard.")
         self.images, self.n_classes, self.config, self.device = images, n_classes, config, get_device()
@@ -129,7 +140,8 @@ class _Pool:
         drawn = labels[:n_real] if self.n_extra else labels
         self.members = [torch.from_numpy(np.flatnonzero(drawn == k)) for k in np.unique(drawn)]
         self.extra = {k: n_real + np.flatnonzero(labels[n_real:] == k) for k in np.unique(labels[n_real:])}
-        self.labels = torch.from_numpy(labels)
+        self.labels, self.n_real = torch.from_numpy(labels), n_real
+        self.soft = _check_targets(extra_targets, len(labels) - n_real, n_classes, config)
         self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=n_classes)
 
     def draw(self, generator):
@@ -150,6 +162,7 @@ class _Pool:
         else:
             smooth = c.label_smoothing
             y = (1 - smooth)*torch.nn.functional.one_hot(y, self.n_classes) + smooth/self.n_classes
+        if self.soft is not None: y[i >= self.n_real] = self.soft[i[i >= self.n_real] - self.n_real]
         return x.to(self.device), y.to(self.device)
 
 # %% ../nbs/library/17_backbone.ipynb #c9c25734
@@ -186,11 +199,12 @@ def train_backbone(
     config:BackboneConfig=BackboneConfig(), # all knobs
     extra_images:np.ndarray|None=None, # (M, H, W, C) uint8 synthetic patches
     extra_labels:np.ndarray|None=None, # (M,) their target classes
+    extra_targets:np.ndarray|None=None, # (M, K) posteriors to train them towards, rows sum to 1; None: their target classes
     folder=None, # where checkpoints are kept, and resumed from; None: no checkpoints
     desc:str="backbone", # for the progress bar
 ) -> torch.nn.Module: # averaged weights, eval mode; its history is in `.history`
     "Train a backbone on real and extra patches for a fixed number of steps."
-    pool = _Pool(*_pooled(images, labels, n_classes, extra_images, extra_labels), n_classes, config, len(images))
+    pool = _Pool(*_pooled(images, labels, n_classes, extra_images, extra_labels), n_classes, config, len(images), extra_targets)
     torch.manual_seed(derive_seed("backbone", config.seed))
     model = build_backbone(config.name, n_classes, pool.images.shape[-1], pool.images.shape[1]).to(pool.device)
     def loss(model, generator):

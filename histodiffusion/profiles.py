@@ -81,6 +81,7 @@ class TargetKnobs:
     judge: str = "test_resnet" # timm's name of the network that selects; trained on the labelled patches, as the backbone
     judge_steps: int = 50 # optimiser steps
     judge_lr: float = 4e-3 # peak learning rate
+    synthetic_targets: str = "class" # what synthetic patches are trained towards: their 'class', or the posteriors of the 'judge'
     synthetic_share: float = .5 # share of a batch that is synthetic, 0..1; 0: real and synthetic ones are drawn alike
     ratio: float = 1. # synthetic over real labelled patches, > 0; the baselines' too
     ratios: tuple = (.5, 1.) # ratios that are tried with patches drawn at random and selected
@@ -174,7 +175,7 @@ PROFILES: dict[str, Profile] = {p.name: p for p in (Profile(), *(Profile(**k) fo
 _CHOICES = dict(stain=("none", "macenko"), prediction=("epsilon", "v_prediction"), classifier_mode=("noise_aware", "clean"),
                 precision=("no", "bf16", "fp16", "auto"), perceptual=("lite0", "lpips", "none"),
                 prior_part=("whole", "autoencoder"), finetune_mode=("whole", "lora"), finetune_data=("labelled", "training"),
-                selection_rule=RULES)
+                synthetic_targets=("class", "judge"), selection_rule=RULES)
 
 def _as_type(name, value, like):
     "A value in the type of the one that it replaces."

@@ -74,7 +74,7 @@ _ADAPTED = (
               fields=("selection_rule", "selection_threshold", "selection_diversity", "ratio", "ratios")),
     StageSpec("augment", "train the backbone on real + synthetic patches, measure it on test patches",
               "metrics and posteriors of each method", "augment", ("target_data", "synthesize", "real_only", "select"),
-              fields=("synthetic_share",)))
+              fields=("synthetic_share", "synthetic_targets")))
 
 # %% ../nbs/library/22_runs.ipynb #0d2fd06b
 _COMPARED = (
@@ -83,8 +83,8 @@ _COMPARED = (
               fields=("gan_steps", "gan_lr", "told_steps", "told_lr", "told_gain", "free_scale", "scheduler", "sampler_steps", "ratio",
                       "min_snr_gamma", "precision")),
     StageSpec("compare", "train the backbone on the baselines' patches, and classifiers of colour and packaged features",
-              "metrics and posteriors of each baseline", "baselines", ("target_data", "synthesize", "select", "baselines"),
-              fields=("encoder_lr", "synthetic_share")),
+              "metrics and posteriors of each baseline", "baselines", ("target_data", "synthesize", "real_only", "select", "baselines"),
+              fields=("encoder_lr", "synthetic_share", "synthetic_targets")),
     StageSpec("referee", "train a backbone on all training labels, to measure with", "weights of the referee", "ablate",
               ("target_data",), ("referee", "referee_steps", "referee_lr", "backbone_batch"), per_seed=False),
     StageSpec("quality", "measure the synthetic patches of every method", "a row for each method", "baselines",

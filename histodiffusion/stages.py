@@ -375,7 +375,9 @@ def with_patches(
     "A classifier: the backbone trained on labelled and extra patches."
     def posteriors(images):
         labelled, c = read_labelled(run), replace(config or backbone_config(run), extra_share=run.config.synthetic_share)
-        return predict(train_backbone(labelled.images, labelled.labels, len(labelled.classes), c, *extra, desc=desc), images)
+        soft = None if extra[0] is None or run.config.synthetic_targets == "class" else predict(load_judge(run), extra[0])
+        net = train_backbone(labelled.images, labelled.labels, len(labelled.classes), c, *extra, extra_targets=soft, desc=desc)
+        return predict(net, images)
     return posteriors
 
 # %% ../nbs/library/23_stages.ipynb #17e2bd4c

@@ -78,7 +78,8 @@ def test_guidance_scale_changes_synthesis_but_not_adaptation(project):
 def test_every_knob_changes_the_stages_that_list_it_and_no_earlier_one(project):
     texts = {"prediction": "v_prediction", "classifier_mode": "clean", "selection_rule": "random", "precision": "bf16",
              "scheduler": "ddpm", "backbone": "resnet18", "stain": "macenko", "perceptual": "lpips",
-             "finetune_mode": "lora", "finetune_data": "training", "referee": "resnet18", "judge": "resnet18"}  # fmt: skip
+             "finetune_mode": "lora", "finetune_data": "training", "referee": "resnet18", "judge": "resnet18",
+             "synthetic_targets": "judge"}  # fmt: skip
     special = {
         "autoencoder_crop": 16,
         "image_size": 128,
