@@ -9,7 +9,10 @@ __all__ = ['DPI', 'FULL_WIDTH', 'COLUMN_WIDTH', 'figure_style', 'save_figure', '
            'plot_class_gain', 'plot_feature_map', 'method_diagram', 'plot_quality_seconds']
 
 # %% ../nbs/library/20_figures.ipynb #3c0fe183
+import base64
 import contextlib
+import io
+import re
 import textwrap
 from pathlib import Path
 
@@ -19,6 +22,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from .core import HistoDiffusionError, atomic_path
 
@@ -39,6 +43,20 @@ def figure_style():
             for n in plt.get_fignums():
                 if n not in before: plt.close(n)
 
+# %% ../nbs/library/20_figures.ipynb #823269ee
+def _small_png(data):
+    "The same picture in fewer bytes: no alpha where all is opaque, one channel where all is grey."
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
+    a, out = np.asarray(image), io.BytesIO()
+    if (a[..., 3] == 255).all(): image = image.convert("L" if (a[..., :1] == a[..., :3]).all() else "RGB")
+    image.save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+def _small_svg(text):
+    "An SVG with each picture in it made small."
+    small = lambda m: m[1] + base64.b64encode(_small_png(base64.b64decode(m[2]))).decode()
+    return re.sub(r"(data:image/png;base64,)([A-Za-z0-9+/=\s]+)", small, text)
+
 def save_figure(
     fig:Figure, # the figure
     path_without_suffix, # where; .svg and .png are added
@@ -47,8 +65,12 @@ def save_figure(
     base = Path(path_without_suffix)
     paths = base.with_name(base.name + ".svg"), base.with_name(base.name + ".png")
     with plt.rc_context({"svg.hashsalt": "histodiffusion"}):
-        with atomic_path(paths[0]) as p: fig.savefig(p, dpi=DPI, metadata=dict(Date=None, Creator=None))
-        with atomic_path(paths[1]) as p: fig.savefig(p, dpi=DPI, metadata=dict(Software=None))
+        with atomic_path(paths[0]) as p:
+            fig.savefig(p, dpi=DPI, metadata=dict(Date=None, Creator=None), format="svg")
+            p.write_text(_small_svg(p.read_text(encoding="utf-8")), encoding="utf-8")
+        with atomic_path(paths[1]) as p:
+            fig.savefig(p, dpi=DPI, metadata=dict(Software=None), format="png")
+            p.write_bytes(_small_png(p.read_bytes()))
     return paths
 
 # %% ../nbs/library/20_figures.ipynb #6c9e389e
