@@ -300,8 +300,9 @@ def _pretraining(run):
 def _selection(run):
     c = run.knobs
     rules = [("rule", r, _one(run, selection_rule=r)) for r in ("centroid", "confidence", "both")]
-    return rules + [("threshold", t, _one(run, selection_rule="both", selection_threshold=t))
-                    for t in sorted({*c.ablation_thresholds, c.selection_threshold})]
+    limits = [("threshold", t, _one(run, selection_rule="both", selection_threshold=t))
+              for t in sorted({*c.ablation_thresholds, c.selection_threshold})]
+    return rules + limits + [("targets", t, _one(run, synthetic_targets=t)) for t in ("class", "judge")]
 
 def _ratio(run):
     "One run with candidates enough for the largest ratio, about half of which pass."
@@ -361,7 +362,7 @@ def ablation_pretraining(run:Run, folder):
 
 @stage("ablation_selection")
 def ablation_selection(run:Run, folder):
-    "Vary the rule of selection and its threshold."
+    "Vary the rule of selection, its threshold, and what the patches are trained towards."
     vary(run, "selection")
 
 @stage("ablation_ratio")
