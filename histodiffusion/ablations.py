@@ -30,7 +30,7 @@ from .figures import plot_ablation, plot_adaptation, plot_quality_seconds, plot_
 from .latent_classifier import (LabelledLatents, LatentClassifier, classifier_from_unet, d4_images, noise_report,
                                               train_latent_classifier)
 from .metrics import TABLE_COLUMNS, near_copies, summarise_methods, write_table
-from .runs import MADE_BY, Run, stage, upstream_of
+from .runs import MADE_BY, Run, is_published, prior_sets, stage, upstream_of
 from .sampling import ClassifierGuidance, calibrate_rejection, load_pipeline, make_scheduler, synthesize_patches
 from .stages import Acceptance, read_labelled, read_split
 from .training import FitConfig
@@ -286,16 +286,20 @@ def _one(run, **change):
 def _labels(run):
     return [("share of the labels", f, _one(run, label_fraction=f)) for f in sorted({*run.knobs.ablation_labels, run.label_fraction})]
 
+def _from_published(run):
+    "Numbers of sets where the run starts from a published prior: none at all, the prior as it is, and what it learns on from."
+    learnt = prior_sets(run)
+    counts = {0: _one(run, prior_part="autoencoder", prior_steps=0),
+              len(learnt): _one(run, pretrain_sets=learnt, prior_part="whole", prior_steps=0)}
+    return [("pre-training sets", k, r) for k, r in (counts | {len({*learnt, *run.pretrain_sets}): run}).items()]
+
 def _pretraining(run):
-    "Fewer patches, fewer sets; where the first stage is a published one, each prior is trained in it for the same few steps."
     c, sets = run.knobs, run.pretrain_sets
-    few = dict(prior_part="autoencoder", prior_steps=c.ablation_prior_steps) if c.prior else {}
-    pools = [("unlabelled patches", n, _one(run, pretrain_patches=n, **few)) for n in sorted({*c.ablation_pools, c.pretrain_patches})]
+    pools = [("unlabelled patches", n, _one(run, pretrain_patches=n)) for n in sorted({*c.ablation_pools, c.pretrain_patches})
+             if not is_published(c, "diffusion")]
     counts = sorted({min(k, len(sets)) for k in (*c.ablation_sets, len(sets))})
-    counts = [("pre-training sets", k, _one(run, pretrain_sets=sets[:k], **few)) for k in counts]
-    if c.prior: counts = [("pre-training sets", 0, _one(run, prior_part="autoencoder", prior_steps=0)), *counts]
-    own = [("prior", f"{c.prior}, and {c.prior_steps} steps" if c.prior_steps else c.prior, run)] if c.prior else []
-    return [v for axis in (pools, counts) if len(axis) > 1 for v in axis] + own or pools
+    counts = _from_published(run) if c.prior else [("pre-training sets", k, _one(run, pretrain_sets=sets[:k])) for k in counts]
+    return [v for axis in (pools, counts) if len(axis) > 1 for v in axis] or pools
 
 def _selection(run):
     c = run.knobs

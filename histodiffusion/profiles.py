@@ -115,8 +115,7 @@ class AblationKnobs:
     ablation_seeds: int = 1 # how many of the seeds, the first ones, whole runs are varied at
     ablation_labels: tuple = (.05,) # further label fractions at which the gain is measured
     ablation_pools: tuple = (1800,) # numbers of unlabelled patches
-    ablation_sets: tuple = (1,) # numbers of pre-training sets
-    ablation_prior_steps: int = 15 # steps of each of these priors, where a published prior lends its first stage
+    ablation_sets: tuple = (1,) # numbers of pre-training sets; with a published prior it is none, its own, and the run's
     ablation_thresholds: tuple = (.9,) # further thresholds of selection
     ablation_ratios: tuple = (1.5,) # further ratios of synthetic over real patches
     ablation_backbones: tuple = ("test_vit",) # further backbones; the packaged encoder is always one
@@ -147,7 +146,7 @@ _SMALL = dict(
     ablation_per_class=10, ablation_scales=(0., 1., 3., 8.), ablation_steps=(5, 10, 40),
     ablation_schedulers=("ddim", "ddpm", "dpmpp", "unipc"), ablation_fractions=(.02, .05), ablation_finetune_steps=150,
     ratios=(.5, 1., 2., 3.), gan_steps=800, told_steps=400, referee_steps=800, ablation_seeds=1, ablation_labels=(.01, .2),
-    ablation_pools=(3000,), ablation_sets=(1,), ablation_prior_steps=500, ablation_thresholds=(.9,), ablation_ratios=(3., 10.),
+    ablation_pools=(3000,), ablation_sets=(1,), ablation_thresholds=(.9,), ablation_ratios=(3., 10.),
     ablation_backbones=("test_resnet",))
 _GPU = _SMALL | dict(
     name="gpu", description="one GPU, a day; untried", tried=False, expected=None, seeds=(0, 1, 2, 3, 4), pretrain_patches=400_000,

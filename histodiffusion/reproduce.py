@@ -106,7 +106,7 @@ def _variants(k, seconds, more):
     "Seconds of the ablations whose variants are runs of their own, from those of one run."
     chain = sum(seconds[s] for s in ("adapt", "synthesize", "real_only", "augment"))
     seeds, prior = min(len(k.seeds), k.ablation_seeds), seconds["autoencoder"] + seconds["diffusion"]
-    if k.prior: prior = seconds["diffusion"]*k.ablation_prior_steps/max(1, k.prior_steps)
+    if k.prior: prior = seconds["diffusion"]
     return dict(ablation_labels=seeds*len(k.ablation_labels)*chain, ablation_ratio=seeds*(more + seconds["augment"]),
                 ablation_pretraining=(len({*k.ablation_pools} - {k.pretrain_patches}) + len(k.ablation_sets) + bool(k.prior))*(
                     prior + seeds*chain),

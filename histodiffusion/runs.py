@@ -121,7 +121,7 @@ _FINAL = (
              fields=("seeds", "ablation_seeds", *fields))
       for n, what, fields in (
         ("labels", "vary the share of the labels that is known", ("ablation_labels",)),
-        ("pretraining", "vary the sets and patches of pre-training", ("ablation_pools", "ablation_sets", "ablation_prior_steps")),
+        ("pretraining", "vary the sets and patches of pre-training", ("ablation_pools", "ablation_sets")),
         ("selection", "vary the rule of selection", ("ablation_thresholds",)),
         ("ratio", "vary the number of synthetic patches", ("ablation_ratios",)),
         ("backbone", "vary the network that is trained on them", ("ablation_backbones",)))),
