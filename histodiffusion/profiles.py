@@ -135,7 +135,7 @@ _LABELS = ("name", "description", "tried", "expected")
 
 # %% ../nbs/library/21_profiles.ipynb #a7b0829b
 _SMALL = dict(
-    name="small", description="real tissue on two CPU cores; two of its seeds have been run, its ablations not", tried=False,
+    name="small", description="real tissue on two CPU cores; run from a published prior that learnt on, not yet as it stands", tried=False,
     image_size=64, pretrain_patches=30_000, label_fraction=.05, seeds=(0, 1, 2),
     autoencoder_channels=(64, 128), autoencoder_layers=2, latent_channels=16, latent_channels_grey=4,
     autoencoder_steps=3500, autoencoder_batch=16, autoencoder_lr=2e-3,
