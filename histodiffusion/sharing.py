@@ -21,7 +21,7 @@ from .core import load_tensors, read_json, save_tensors, write_json
 from .datasets import REGISTRY, card_html
 from .diffusion import noise_schedule
 from .latent_classifier import LatentClassifier, classifier_from_unet
-from .runs import PRIOR_STAGES, Run, made_with, published_prior
+from .runs import PRIOR_STAGES, Run, made_with, prior_sets, published_prior
 from .sampling import ClassifierGuidance, load_pipeline, make_scheduler, save_pipeline, synthesize_patches
 
 # %% ../nbs/library/27_sharing.ipynb #2510c266
@@ -149,7 +149,7 @@ def publish_prior(
     measured:dict|None=None, # further facts for the card: what -> value
 ) -> Path:
     "Write a run's prior and latent classifier in half precision, with a card; the folder appears when it is complete."
-    _open_only((*run.pretrain_sets, run.dataset))
+    _open_only((*prior_sets(run), *run.pretrain_sets, run.dataset))
     if not run.done("adapt"): raise HistoDiffusionError("This run has no latent classifier yet: make it with 'histodiffusion adapt'.")
     folder = load_settings().results_path/"weights"/name
     if folder.exists(): raise HistoDiffusionError(f"{folder} exists: give another name, or remove it first.")
@@ -180,6 +180,8 @@ def _model_card(run, name, folder, record, measured):
              "first stage, on patches of the pool that it has not seen": f"{made['psnr_held_out']:.1f} dB",
              "latent classifier, validation accuracy": ", ".join(f"{v:.0%} at t = {t}" for t, v in known.items() if t in SHOWN)}
     used = {True: "pre-training, without labels", False: "classifier"}
+    after = f" after those of `{run.knobs.prior}`" if run.knobs.prior else ""
+    steps = record["knobs"].get("prior_steps") or record["knobs"]["diffusion_steps"]
     sets = "\n".join(f"| {s} | {counts.get(s, heads['labels'])} | {used[s in counts]} | {licence} |"
                      for s, licence in _licences(run).items())
     return (f"# Weights: {name}\n\nA first stage, an unlabelled diffusion prior in its latent space, and a latent classifier that "
@@ -189,7 +191,7 @@ def _model_card(run, name, folder, record, measured):
             f"| set | patches | used for | licence |\n|---|---|---|---|\n{sets}\n\n## Measured\n\n| what | value |\n|---|---|\n"
             + "\n".join(f"| {k} | {v} |" for k, v in (facts | measured).items())
             + f"\n\nThe prior was trained in {record['seconds']/60:.0f} minutes on {record['machine']['cpu']}, "
-            f"{record['knobs']['diffusion_steps']} steps of {record['knobs']['diffusion_batch']} latents, at commit "
+            f"{steps} steps of {record['knobs']['diffusion_batch']} latents{after}, at commit "
             f"`{record['commit'][:10]}`; {size:.1f} MiB in half precision.\n\n"
             "## Limits\n\nSmall networks, trained for minutes: structures larger than a few cells are often wrong. What they draw is "
             "not tissue of any patient, and not for diagnosis. They know the stains and scanners of the sets above, and no others. "
