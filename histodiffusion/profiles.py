@@ -150,6 +150,9 @@ _SMALL = dict(
     ablation_backbones=("test_resnet",))
 _GPU = _SMALL | dict(
     name="gpu", description="one GPU, a day; untried", tried=False, expected=None, seeds=(0, 1, 2, 3, 4), pretrain_patches=400_000,
+    ablation_scales=(0., 1., 2., 4., 8., 16.), ablation_steps=(5, 10, 25, 100), ablation_seeds=3, ablation_sets=(1, 2, 3),
+    ablation_schedulers=("ddim", "ddpm", "dpmpp", "unipc", "euler", "heun"), ablation_fractions=(.02, .05, .2),
+    ablation_labels=(.01, .02, .1, .2, .5, 1.), ablation_thresholds=(.3, .7, .9), ablation_ratios=(.5, 2., 3., 5., 10.),
     autoencoder_channels=(128, 256), autoencoder_layers=3, autoencoder_steps=40_000, autoencoder_batch=64,
     autoencoder_crop=64, autoencoder_lr=5e-4, critic_weight=.1, unet_channels=(128, 256, 384), unet_layers=2,
     diffusion_steps=150_000, diffusion_batch=256, diffusion_lr=2e-4, finetune_steps=3000, finetune_lr=1e-4,
