@@ -286,6 +286,7 @@ def _one(run, **change):
 def _labels(run):
     return [("share of the labels", f, _one(run, label_fraction=f)) for f in sorted({*run.knobs.ablation_labels, run.label_fraction})]
 
+# %% ../nbs/library/25_ablations.ipynb #7024e684
 def _from_published(run):
     "Numbers of sets where the run starts from a published prior: none at all, the prior as it is, and what it learns on from."
     learnt = prior_sets(run)
@@ -301,6 +302,7 @@ def _pretraining(run):
     counts = _from_published(run) if c.prior else [("pre-training sets", k, _one(run, pretrain_sets=sets[:k])) for k in counts]
     return [v for axis in (pools, counts) if len(axis) > 1 for v in axis] or pools
 
+# %% ../nbs/library/25_ablations.ipynb #a00841a2
 def _selection(run):
     c = run.knobs
     rules = [("rule", r, _one(run, selection_rule=r)) for r in ("centroid", "confidence", "both")]

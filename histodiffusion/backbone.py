@@ -117,7 +117,7 @@ def draw_balanced(
     k, u = torch.randint(len(members), (n,), generator=generator), torch.rand(n, generator=generator)
     return torch.stack([members[c][int(v*len(members[c]))] for c, v in zip(k.tolist(), u.tolist())])
 
-# %% ../nbs/library/17_backbone.ipynb #99960fb7
+# %% ../nbs/library/17_backbone.ipynb #d02e952a
 def _check_targets(targets, n, n_classes, config):
     "Soft targets of n extra patches as a tensor, or None."
     if targets is None or not n: return None
@@ -129,6 +129,7 @@ def _check_targets(targets, n, n_classes, config):
         raise HistoDiffusionError("timm's mixup mixes classes, not soft targets: use augmentation d4, or leave extra_targets out.")
     return torch.from_numpy(p)
 
+# %% ../nbs/library/17_backbone.ipynb #99960fb7
 class _Pool:
     "Patches with labels, real ones first, drawn with classes balanced, augmented, with soft targets."
     def __init__(self, images, labels, n_classes, config, n_real=None, extra_targets=None):

@@ -234,6 +234,7 @@ def _source(spec):
     if spec.startswith("phantom:"): return f"phantom:{parse_phantom(spec)[0]}"
     return REGISTRY[spec].source if spec in REGISTRY else spec
 
+# %% ../nbs/library/22_runs.ipynb #f0c8316a
 def _sets_of(run):
     "What a run learns from where nothing else is said."
     return published_prior(run.knobs.prior)[1]["data"] if is_published(run.knobs, "diffusion") else default_pretraining(run.dataset)
@@ -258,9 +259,9 @@ def _refuse_leak(run):
     "Stop where the target's own images would be learnt from."
     for s in (*run.pretrain_sets, *prior_sets(run)):
         if _source(s) == _source(run.dataset):
+            way = "leave it out of --pretrain-sets" if s in run.pretrain_sets else f"start from another prior than '{run.knobs.prior}'"
             raise HistoDiffusionError(f"Pre-training set '{s}' shares its images with the target '{run.dataset}', so "
-                                      "test patches would be learnt from: leave it out of --pretrain-sets, or go on with "
-                                      "--allow-leakage.")
+                                      f"test patches would be learnt from: {way}, or go on with --allow-leakage.")
 
 # %% ../nbs/library/22_runs.ipynb #6edf7acc
 @patch(as_prop=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ADAPTATIONS', 'REAL', 'pretraining_data', 'target_data', 'read_pool', 'read_split', 'read_labelled', 'autoencoder',
-           'diffusion', 'load_autoencoder', 'adapt', 'synthesize', 'Candidates', 'read_synthetic', 'backbone_config',
+           'load_autoencoder', 'diffusion', 'adapt', 'synthesize', 'Candidates', 'read_synthetic', 'backbone_config',
            'judge_config', 'real_only', 'load_backbone', 'load_judge', 'Acceptance', 'ratios_of', 'synthetic_counts',
            'select', 'chosen_patches', 'with_patches', 'measure_methods', 'augment']
 
@@ -115,37 +115,15 @@ def autoencoder(
                                            training_seconds=fitted.seconds, precision=fitted.precision))
 
 # %% ../nbs/library/23_stages.ipynb #8500c375
-@stage("diffusion")
-def diffusion(
-    run:Run,
-    folder:Path, # given by the decorator
-):
-    "Cache the pool's latents, then train the unconditional prior on them, or train a published one further."
-    c = run.config
-    vae = load_autoencoder(run)
-    if not (folder/"latents.safetensors").exists():
-        save_tensors(folder/"latents.safetensors",
-                     dict(latents=encode_patches(vae, read_pool(run), desc="caching latents", precision=c.precision)))
-    latents = load_tensors(folder/"latents.safetensors")["latents"]
-    torch.manual_seed(0)
-    unet, steps = _training_plan(run, latents)
-    fitted = train_diffusion(LatentSampler(latents), unet, noise_schedule(c.prediction), c.diffusion_batch, c.min_snr_gamma,
-                             FitConfig(steps, c.diffusion_lr, warmup=steps//30, precision=c.precision, channels_last=False),
-                             folder) if steps else Fit(unet, [], 0., "no")
-    save_pipeline(folder/"model", vae, fitted.model, schedule=noise_schedule(c.prediction))
-    write_json(folder/"metrics.json", dict(history=fitted.history, training_seconds=fitted.seconds, precision=fitted.precision,
-                                           latents_seen=steps*c.diffusion_batch))
-
 def _from_prior(run):
     "Autoencoder and U-Net of a run's published prior."
     return load_pipeline(published_prior(run.knobs.prior)[0]/"diffusion"/"model")[:2]
 
-def _training_plan(run, latents):
-    "The U-Net that a prior starts from, and the steps that it gets: those of the profile, or further ones after a published prior."
-    c, k = run.config, run.knobs
-    if k.prior and k.prior_part == "whole": return _from_prior(run)[1], c.prior_steps
-    unet = build_unet(latents.shape[-1], latents.shape[1], c.unet_channels, c.unet_layers, c.unet_attention)
-    return unet, c.prior_steps if k.prior else c.diffusion_steps
+def _first_unet(run, latents):
+    "The U-Net that training starts from: that of a published prior, or one of random weights."
+    c = run.config
+    if run.knobs.prior and c.prior_part == "whole": return _from_prior(run)[1]
+    return build_unet(latents.shape[-1], latents.shape[1], c.unet_channels, c.unet_layers, c.unet_attention)
 
 def load_autoencoder(
     run:Run,
@@ -154,6 +132,28 @@ def load_autoencoder(
     from diffusers import AutoencoderDC
     if run.knobs.prior: return _from_prior(run)[0]
     return AutoencoderDC.from_pretrained(run.folder("autoencoder")/"model")
+
+# %% ../nbs/library/23_stages.ipynb #cc1e4306
+@stage("diffusion")
+def diffusion(
+    run:Run,
+    folder:Path, # given by the decorator
+):
+    "Cache the pool's latents, then train the unconditional prior on them, or train a published one further."
+    c, vae, pool = run.config, load_autoencoder(run), read_pool(run)
+    steps = c.prior_steps if run.knobs.prior else c.diffusion_steps
+    if not (folder/"latents.safetensors").exists():
+        seen = pool if steps else pool[:1]  # untrained weights need but their size
+        save_tensors(folder/"latents.safetensors", dict(latents=encode_patches(vae, seen, desc="caching latents", precision=c.precision)))
+    latents = load_tensors(folder/"latents.safetensors")["latents"]
+    torch.manual_seed(0)
+    unet = _first_unet(run, latents)
+    fitted = train_diffusion(LatentSampler(latents), unet, noise_schedule(c.prediction), c.diffusion_batch, c.min_snr_gamma,
+                             FitConfig(steps, c.diffusion_lr, warmup=steps//30, precision=c.precision, channels_last=False),
+                             folder) if steps else Fit(unet, [], 0., "no")
+    save_pipeline(folder/"model", vae, fitted.model, schedule=noise_schedule(c.prediction))
+    write_json(folder/"metrics.json", dict(history=fitted.history, training_seconds=fitted.seconds, precision=fitted.precision,
+                                           latents_seen=steps*c.diffusion_batch))
 
 # %% ../nbs/library/23_stages.ipynb #38a55651
 @stage("adapt")

@@ -62,7 +62,7 @@ def start_from(name, pretrain_sets=("phantom:kyoto:60",), **knobs):
 
 
 def distance(a, b):
-    return sum(float((p - q).square().sum()) for p, q in zip(a.parameters(), b.parameters())) ** 0.5
+    return sum(float((p - q).detach().square().sum()) for p, q in zip(a.parameters(), b.parameters())) ** 0.5
 
 
 @pytest.mark.parametrize("name", NAMES)
