@@ -17,7 +17,7 @@ from sphinx.cmd.build import build_main
 
 from histodiffusion.core import read_json
 from histodiffusion.registry import REGISTRY
-from histodiffusion.runs import STAGES
+from histodiffusion.runs import STAGES, Run, command_of
 
 NBS, OUT, SITE = ROOT / "nbs", ROOT / "_proc", ROOT / "_site"
 WEB = "https://github.com/histodiffusion/histodiffusion/blob/main"
@@ -152,7 +152,8 @@ def title(path: Path) -> tuple:
 
 def command(stage: str, profile: str, dataset: str) -> str:
     "The command that makes a result of a run; what is no stage is a notebook to be run by hand."
-    if stage in STAGES: return f"make reproduce PROFILE={profile} DATASET={dataset}"
+    kept = [p for kind in ("results", "figures") if (p := ROOT / kind / profile / dataset / f"{stage}.provenance.json").exists()]
+    if stage in STAGES: return command_of(Run(**read_json(kept[0])["parameters"]) if kept else Run(profile, dataset), "reproduce")
     return f"papermill nbs/experiments/{stage}.ipynb out.ipynb -p profile {profile} -p dataset {dataset}"
 
 
