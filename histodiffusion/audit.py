@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'SIDE', 'FORMAT', 'COARSE', 'FINE', 'THRESHOLDS', 'PAIR_COLUMNS', 'LEAK_COLUMNS', 'colour_statistics',
            'thumbnail', 'is_flat', 'Scan', 'scan_set', 'cosine_parts', 'turn', 'find_overlap', 'Audit', 'audit_set',
            'audit_pair', 'audit_sets', 'known_sets', 'may_show', 'read_pictures', 'pair_pictures',
-           'embedding_distances', 'split_groups', 'leakage', 'refuse_leakage', 'write_leaks']
+           'embedding_distances', 'split_groups', 'leakage', 'held_back', 'refuse_leakage', 'write_leaks']
 
 # %% ../nbs/library/09_audit.ipynb #0dbb2660
 import os, warnings, zipfile
@@ -449,12 +449,18 @@ def leakage(
     return pd.concat([r for r in rows if len(r)] or [pd.DataFrame(columns=LEAK_COLUMNS)], ignore_index=True)
 
 # %% ../nbs/library/09_audit.ipynb #d3200db3
+def held_back(
+    leaks:pd.DataFrame, # of `leakage`, for one target
+) -> pd.DataFrame: # the pairs that would spoil a measurement
+    "Pairs with test or validation patches, which nothing may be learnt from."
+    return leaks[leaks.split.isin(["test", "validation"])]
+
 def refuse_leakage(
     leaks:pd.DataFrame, # of `leakage`, for one target
     where="", # file that lists the pairs, for the message
 ):
     "Stop where test or validation patches of the target would be learnt from."
-    held = leaks[leaks.split.isin(["test", "validation"])]
+    held = held_back(leaks)
     if not len(held): return
     worst = held.pretrain.value_counts().index[0]
     of = held[held.pretrain == worst]
@@ -464,8 +470,8 @@ def refuse_leakage(
     others = sorted(set(held.pretrain) - {worst})
     raise HistoDiffusionError(
         f"Pre-training set '{worst}' repeats {counts} patch(es) of the target '{first.target}' (such as {first.pretrain_file} = "
-        f"{first.target_file}{f'; so do {len(others)} other set(s)' if others else ''}): leave it out of --pretrain-sets, or go on "
-        f"with --allow-leakage{f' (all pairs: {where})' if where else ''}.")
+        f"{first.target_file}{f'; so do {len(others)} other set(s)' if others else ''}): leave these images out with "
+        f"--skip-leaks, or go on with --allow-leakage{f' (all pairs: {where})' if where else ''}.")
 
 
 def write_leaks(

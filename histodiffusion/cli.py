@@ -107,6 +107,8 @@ def add_run_options(p) -> None:
                    "of stopping")  # fmt: skip
     p.add_argument("--allow-leakage", action="store_true", help="go on though pre-training sets repeat test patches of "
                    "the target")  # fmt: skip
+    p.add_argument("--skip-leaks", action="store_true", help="leave pre-training images that repeat test or validation "
+                   "patches of the target out of the pool")  # fmt: skip
 
 
 def add_export(commands) -> None:
@@ -165,7 +167,7 @@ def make_run(args):
         overrides["seeds"] = [n for numbers in args.seeds for n in numbers]
     fraction = overrides.pop("label_fraction", None) if args.label_fraction is None else args.label_fraction
     run = Run(args.profile, args.dataset, args.pretrain_sets, fraction, 0, overrides, args.skip_corrupt,
-              args.allow_leakage)  # fmt: skip
+              args.allow_leakage, args.skip_leaks)  # fmt: skip
     if getattr(args, "cores", None) is not None and args.cores < 1:
         raise HistoDiffusionError(f"--cores is {args.cores}: give a whole number of 1 or more.")
     return run.with_seed(run.knobs.seeds[0])
@@ -245,8 +247,8 @@ def audit_data(args) -> None:
     audits = [audit_set(spec) for spec in specs]
     columns = ["set", "images", "side", "classes", "licence", "corrupt", "exact", "near", "flat", "conflicts", "crossings"]
     print(pd.concat([a.table for a in audits])[columns].to_string(index=False))
-    print("exact, near: pairs of copies; flat: nearly empty images; conflicts: copies with two labels; "
-          "crossings: copies in two splits")  # fmt: skip
+    print("exact, near: pairs of copies; flat: nearly empty images; conflicts: copies with two labels;\n"
+          "crossings: copies that a split by content alone would part, and that a run keeps together")  # fmt: skip
     for audit in audits:
         for row in audit.scan.corrupt.itertuples():
             print(f"corrupt: {row.file} ({row.reason})")

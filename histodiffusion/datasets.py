@@ -362,11 +362,13 @@ def pool_counts(
     return {s: max(1, int(round(total*r/sum(root.values())))) for s, r in root.items()}
 
 # %% ../nbs/library/05_datasets.ipynb #4d9d4c80
-def _sources(packed, seed):
+def _sources(packed, seed, without=()):
     "The images of a set in random order, over and over, as pictures."
+    if set(packed.names) <= set(without): raise HistoDiffusionError("No image of a pre-training set may be used: name another set.")
     rng = np.random.default_rng(seed)
     while True:
-        for i in rng.permutation(len(packed)): yield _picture(packed[i])
+        for i in rng.permutation(len(packed)):
+            if packed.names[i] not in without: yield _picture(packed[i])
 
 # %% ../nbs/library/05_datasets.ipynb #5d11d3c9
 def unlabelled_pool(
@@ -376,12 +378,13 @@ def unlabelled_pool(
     channels:int=3, # 1 grey, 3 RGB
     seed:int=0, # which squares are cut
     skip_corrupt:bool=False, # leave corrupt images out, naming them
+    without:dict|None=None, # set -> names of the images that must not be used
 ) -> tuple: # (N, size, size, channels) uint8, and (N,) index of the set each came from
     "Cut an unlabelled pool of patches from several sets."
     images, origin = [], []
     for k, (spec, n) in enumerate(pool_counts(specs, total, size).items()):
         rng = np.random.default_rng(derive_seed("pool", spec, seed))
-        source = _sources(packed_dataset(spec, skip_corrupt), derive_seed("order", spec, seed))
+        source = _sources(packed_dataset(spec, skip_corrupt), derive_seed("order", spec, seed), (without or {}).get(spec, ()))
         per_image, bar = max(1, -(-n//max(1, _area(spec)[0]))), progress(total=n, desc=f"cutting {spec}", unit="patch")
         while n > 0:
             image = next(source).convert("L" if channels == 1 else "RGB")

@@ -200,6 +200,7 @@ class Run:
     overrides: dict = field(default_factory=dict) # knobs of the profile to change
     skip_corrupt: bool = False # leave corrupt images out, naming them, instead of stopping
     allow_leakage: bool = False # go on though pre-training sets repeat test patches of the target
+    skip_leaks: bool = False # leave out of the pool what repeats test or validation patches of the target
 
     def __post_init__(self):
         put = functools.partial(object.__setattr__, self)
@@ -269,6 +270,7 @@ def parameters(self:Run):
     "The run as JSON can hold it."
     return dict(profile=self.profile, dataset=self.dataset, pretrain_sets=list(self.pretrain_sets),
                 label_fraction=self.label_fraction, seed=self.seed, skip_corrupt=self.skip_corrupt, allow_leakage=self.allow_leakage,
+                skip_leaks=self.skip_leaks,
                 overrides={k: list(v) if isinstance(v, tuple) else v for k, v in self.overrides.items()})
 
 @patch
@@ -346,6 +348,7 @@ def stage_key(
         format=FORMAT, stage=stage, knobs={k: getattr(run.knobs, k) for k in spec.fields if run.knobs.prior or k not in _NEW},
         upstream=[stage_key(r, u) for u, r in stage_inputs(run, stage)],
         **({"prior": published_prior(run.knobs.prior)[1]["key"]} if run.knobs.prior and stage == "diffusion" else {}),
+        **({"without": run.fingerprint(run.dataset)} if run.skip_leaks and stage == "pretraining_data" else {}),
         data=[(s if s in REGISTRY else s.split(":")[0], run.fingerprint(s)) for s in sets],
         channels=run.channels if sets else None,
         labels=(run.seed, run.label_fraction) if spec.per_seed else run.knobs.seeds[0] if spec.seeds == "first" else None))[:10]
@@ -537,10 +540,12 @@ def check_leakage(
               f"'{run.dataset}'")
     run._known["leakage checked"] = not sets
     if not sets: return
-    from histodiffusion.audit import leakage, refuse_leakage, write_leaks
+    from histodiffusion.audit import held_back, leakage, refuse_leakage, write_leaks
     leaks = leakage(run.dataset, sets, run.knobs.image_size)
     path = write_leaks(leaks, run.folder("pretraining_data")/"leakage.csv", run.dataset)
-    if not run.allow_leakage: refuse_leakage(leaks, path)
+    if run.skip_leaks: print(f"{held_back(leaks).pretrain_file.nunique()} images repeat test or validation patches of '{run.dataset}', "
+                             f"and are left out of the pool: {path}")
+    elif not run.allow_leakage: refuse_leakage(leaks, path)
     elif len(leaks): print(f"going on, although {len(leaks)} pairs of patches stand in the pool and in '{run.dataset}': {path}")
     run._known["leakage checked"] = True
 
@@ -557,6 +562,7 @@ def command_of(
     if run.seed and verb not in ("evaluate", "reproduce"): words += ["--seed", str(run.seed)]
     if run.skip_corrupt: words += ["--skip-corrupt"]
     if run.allow_leakage: words += ["--allow-leakage"]
+    if run.skip_leaks: words += ["--skip-leaks"]
     for k, v in run.overrides.items():
         text = ",".join(map(str, v)) if isinstance(v, tuple | list) else v
         if k != "label_fraction": words += ["--set", f"{k}={text}"]

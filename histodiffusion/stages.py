@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .audit import split_groups
+from .audit import held_back, leakage, split_groups
 from .autoencoder import decode_latents, encode_patches, low_frequency_share, psnr, train_autoencoder
 from .backbone import BackboneConfig, build_backbone, features_and_posteriors, predict, train_backbone
 from .core import HistoDiffusionError, derive_seed, load_tensors, read_json, save_tensors, write_json
@@ -39,11 +39,18 @@ def pretraining_data(
 ):
     "Cut the unlabelled pool."
     c = run.config
-    images, origin = unlabelled_pool(run.pretrain_sets, c.pretrain_patches, c.image_size, run.channels, skip_corrupt=run.skip_corrupt)
+    images, origin = unlabelled_pool(run.pretrain_sets, c.pretrain_patches, c.image_size, run.channels,
+                                     skip_corrupt=run.skip_corrupt, without=_repeats(run))
     order = np.random.default_rng(0).permutation(len(images))
     np.save(folder/"pool.npy", _stained(run, images[order]))
     counts = {s: int((origin == k).sum()) for k, s in enumerate(run.pretrain_sets)}
     write_json(folder/"pool.json", dict(counts=counts, shape=list(images.shape), origin=origin[order].tolist()))
+
+def _repeats(run):
+    "The images of each pre-training set that repeat test or validation patches, where they are to be left out."
+    if not run.skip_leaks: return {}
+    real = [s for s in run.pretrain_sets if not s.startswith("phantom:")]
+    return held_back(leakage(run.dataset, real, run.config.image_size)).groupby("pretrain").pretrain_file.agg(set).to_dict()
 
 def _stained(run, images):
     "Patches at the reference stain, if the profile asks for it."

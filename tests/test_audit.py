@@ -181,6 +181,25 @@ def test_leaking_target_is_refused_unless_allowed(tmp_path, target, tissue, caps
     assert "going on, although 24 pairs" in capsys.readouterr().out
 
 
+def test_repeated_images_can_be_left_out_of_the_pool(tmp_path, target, tissue, capsys):
+    from histodiffusion.stages import pretraining_data
+
+    patches = load_patches(f"folder:{target}")
+    train = {patches.keys[i] for i in split_patches(patches.keys)["train"]}
+    table = scan_set(f"folder:{target}").table
+    held = {f"held {i}": Image.open(target / f) for i, (k, f) in enumerate(zip(table.key, table.file)) if k not in train}
+    # the only image that is not held back is green all over, and so every patch of the pool must be
+    other = archive(tmp_path, held | {"green": Image.new("RGB", (150, 150), (0, 200, 0))})
+    options = dict(overrides=dict(image_size=32, pretrain_patches=40))
+    with pytest.raises(HistoDiffusionError, match="--skip-leaks"):
+        pretraining_data(run_of(target, other, **options))
+    run = run_of(target, other, skip_leaks=True, **options)
+    pool = np.load(pretraining_data(run) / "pool.npy")
+    assert len(pool) == 40 and pool[..., 1].min() > 50 and pool[..., [0, 2]].max() == 0
+    assert f"{len(held)} images repeat test or validation patches" in capsys.readouterr().out
+    assert Run(**run.parameters) == run and run.key("autoencoder") != run_of(target, other, **options).key("autoencoder")
+
+
 def test_training_patches_in_the_pool_are_listed_but_not_refused(tmp_path, target, tissue):
     keys = load_patches(f"folder:{target}").keys
     train = {keys[i] for i in split_patches(keys)["train"]}
