@@ -300,6 +300,10 @@ def class_examples(
     "The first patches of each class."
     return {c: images[labels == k][:n] for k, c in enumerate(classes)}
 
+def _may_draw(run):
+    "Whether real patches of the target may be drawn: those of open sets, and of a folder of one's own."
+    return may_show(run.dataset) or run.dataset.startswith("folder:")
+
 @stage("figure_2")
 def figure_2(
     run:Run,
@@ -313,7 +317,7 @@ def figure_2(
         columns[name.replace("_", " ")] = class_examples(s["images"], s["labels"], labelled.classes)
     images, labels = chosen_patches(run)
     if images is not None: columns["selected"] = class_examples(images, labels, labelled.classes)
-    real = class_examples(labelled.images, labelled.labels, labelled.classes) if may_show(run.dataset) else {}
+    real = class_examples(labelled.images, labelled.labels, labelled.classes) if _may_draw(run) else {}
     save_figure(draw_figure_2(real, columns, labelled.classes), run.figures/"figure_2")
     save_figure(method_diagram(), run.figures/"figure_1")
 
@@ -391,7 +395,7 @@ def _audit_patches(run, yardstick, images, targets, labelled):
     write_table(table, run.results/"memorisation",
                 "Selected patches nearer to a labelled patch than all but 1 % of validation patches; distances of features of length 1.")
     closest = np.argsort(distance)[:10]
-    if may_show(run.dataset):
+    if _may_draw(run):
         save_figure(plot_pairs(images[closest], labelled.images[nearest[closest]], distance[closest]), run.figures/"closest_pairs")
     held = read_split(run, "validation")
     encoder = yardstick.encoders[0]

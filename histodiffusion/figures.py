@@ -125,7 +125,7 @@ def show_patches(
 # %% ../nbs/library/20_figures.ipynb #9c2d238d
 def _block_table(real, synthetic, class_names, n):
     "Title -> class -> up to n patches, with the real ones first."
-    blocks = {"Real": real, **synthetic}
+    blocks = ({"Real": real} if real else {}) | synthetic
     for title, block in blocks.items():
         unknown = [c for c in block if c not in class_names]
         if unknown:
@@ -139,7 +139,7 @@ def _block_table(real, synthetic, class_names, n):
 
 # %% ../nbs/library/20_figures.ipynb #f92f4714
 def figure_2(
-    real:dict, # class name -> (N, H, W, C) uint8 real patches
+    real:dict, # class name -> (N, H, W, C) uint8 real patches; empty: they may not be shown
     synthetic:dict, # method -> {class name -> (N, H, W, C) uint8 patches}, in the order to show
     class_names, # K names, in the order of the rows
     n:int=6, # patches per class and block

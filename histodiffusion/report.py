@@ -103,6 +103,8 @@ def report(
     head = (f"# {run.dataset} at {run.label_fraction:.3g} of the labels\n\nProfile `{run.profile}`, {len(run.knobs.seeds)} seeds, "
             f"pre-trained on {', '.join(dict.fromkeys((*prior_sets(run), *run.pretrain_sets)))}"
             + (f", starting from the published prior `{run.knobs.prior}`" if run.knobs.prior else "") + ".\n")
+    if run.profile == "smoke":
+        head += "\nThis profile shows that the chain runs; its numbers mean little. `--profile small` gives an answer, in hours.\n"
     body = [f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines) + f"\n\nFrom {source}.\n"
             for title, (lines, source) in parts.items()]
     write_text(run.results/"report.md", "\n".join([head, *body]))

@@ -351,7 +351,8 @@ def _show(run):
     for r in rows:
         mean, low, high = (f"{100*float(r[f'gain_{k}'] or 'nan'):.1f}" for k in ("mean", "ci_low", "ci_high"))
         print(f"{r['method']:<34} {float(r['ratio']):>4.0%}  {float(r['accuracy_mean']):>8.1%}   {mean:>5} ({low} to {high})")
-    print(f"\ntables   {_path(run.results)}\nfigures  {_path(run.figures)}")
+    print(f"\nreport   {_path(run.results/'report.md')}\ntables   {_path(run.results)}\nfigures  {_path(run.figures)}")
+    if run.profile == "smoke": print("the smoke profile shows that the chain runs; its numbers mean little: go on with --profile small")
     return 0
 
 # %% ../nbs/library/28_reproduce.ipynb #e0b3a916

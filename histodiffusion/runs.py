@@ -543,9 +543,8 @@ def check_leakage(
     from histodiffusion.audit import held_back, leakage, refuse_leakage, write_leaks
     leaks = leakage(run.dataset, sets, run.knobs.image_size)
     path = write_leaks(leaks, run.folder("pretraining_data")/"leakage.csv", run.dataset)
-    if run.skip_leaks: print(f"{held_back(leaks).pretrain_file.nunique()} images repeat test or validation patches of '{run.dataset}', "
-                             f"and are left out of the pool: {path}")
-    elif not run.allow_leakage: refuse_leakage(leaks, path)
+    if run.skip_leaks: leaks = leaks.drop(held_back(leaks).index) # the pool is cut without them
+    if not run.allow_leakage: refuse_leakage(leaks, path)
     elif len(leaks): print(f"going on, although {len(leaks)} pairs of patches stand in the pool and in '{run.dataset}': {path}")
     run._known["leakage checked"] = True
 

@@ -50,7 +50,10 @@ def _repeats(run):
     "The images of each pre-training set that repeat test or validation patches, where they are to be left out."
     if not run.skip_leaks: return {}
     real = [s for s in run.pretrain_sets if not s.startswith("phantom:")]
-    return held_back(leakage(run.dataset, real, run.config.image_size)).groupby("pretrain").pretrain_file.agg(set).to_dict()
+    held = held_back(leakage(run.dataset, real, run.config.image_size)).groupby("pretrain").pretrain_file.agg(set).to_dict()
+    for name, files in held.items():
+        print(f"{name}: {len(files)} images repeat test or validation patches of '{run.dataset}', and are left out of the pool")
+    return held
 
 def _stained(run, images):
     "Patches at the reference stain, if the profile asks for it."

@@ -196,7 +196,7 @@ def test_repeated_images_can_be_left_out_of_the_pool(tmp_path, target, tissue, c
     run = run_of(target, other, skip_leaks=True, **options)
     pool = np.load(pretraining_data(run) / "pool.npy")
     assert len(pool) == 40 and pool[..., 1].min() > 50 and pool[..., [0, 2]].max() == 0
-    assert f"{len(held)} images repeat test or validation patches" in capsys.readouterr().out
+    assert f"{other}: {len(held)} images repeat test or validation patches" in capsys.readouterr().out
     assert Run(**run.parameters) == run and run.key("autoencoder") != run_of(target, other, **options).key("autoencoder")
 
 
