@@ -415,6 +415,7 @@ def plot_variants(
         for ax, name in zip(axes[0], axes_of):
             _variant_panel(ax, table[table.axis == name].infer_objects(), sns.color_palette())
             ax.set(xlabel=name)
+            if name.startswith("share"): ax.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
         axes[0, 0].set(ylabel="accuracy on test patches, %")
         fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4 if len(axes_of) > 1 else 2)
     return fig
