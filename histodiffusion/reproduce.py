@@ -15,7 +15,7 @@ from .core import HistoDiffusionError, load_settings, read_json
 from .datasets import dataset_classes, in_hdf5, list_images, packed_dataset, parse_phantom
 from .phantom import PHANTOM_CLASSES
 from .profiles import get_profile
-from .runs import (PRIOR_STAGES, RESULTS, STAGES, Run, forget, is_published, machine, provenance_path,
+from .runs import (PRIOR_STAGES, RESULTS, STAGES, Run, command_of, forget, is_published, machine, provenance_path,
                                  upstream_of)
 
 # %% ../nbs/library/28_reproduce.ipynb #b1a1abb8
@@ -351,7 +351,8 @@ def _show(run):
     for r in rows:
         mean, low, high = (f"{100*float(r[f'gain_{k}'] or 'nan'):.1f}" for k in ("mean", "ci_low", "ci_high"))
         print(f"{r['method']:<34} {float(r['ratio']):>4.0%}  {float(r['accuracy_mean']):>8.1%}   {mean:>5} ({low} to {high})")
-    print(f"\nreport   {_path(run.results/'report.md')}\ntables   {_path(run.results)}\nfigures  {_path(run.figures)}")
+    print(f"\nreport   {_path(run.results/'report.md')}\ntables   {_path(run.results)}\nfigures  {_path(run.figures)}\n"
+          f"patches  {command_of(run, 'export')} --out synthetic")
     if run.profile == "smoke": print("the smoke profile shows that the chain runs; its numbers mean little: go on with --profile small")
     return 0
 

@@ -21,7 +21,7 @@ from .core import load_tensors, read_json, save_tensors, write_json
 from .datasets import REGISTRY, card_html
 from .diffusion import noise_schedule
 from .latent_classifier import LatentClassifier, classifier_from_unet
-from .runs import PRIOR_STAGES, Run, made_with, prior_sets, published_prior
+from .runs import PRIOR_STAGES, Run, command_of, made_with, prior_sets, published_prior
 from .sampling import ClassifierGuidance, load_pipeline, make_scheduler, save_pipeline, synthesize_patches
 
 # %% ../nbs/library/27_sharing.ipynb #2510c266
@@ -33,8 +33,8 @@ def synthetic_metadata(
     from histodiffusion.stages import read_labelled, read_synthetic
     for stage in ("synthesize", "select"):
         if not run.done(stage):
-            raise HistoDiffusionError(f"This run has no synthetic patches yet (stage '{stage}' is missing): make it with "
-                                      "'histodiffusion select' and the same options.")
+            raise HistoDiffusionError(f"This run has no synthetic patches yet (stage '{stage}' is missing): give the options it was "
+                                      f"made with, or make it with '{command_of(run, 'select')}'.")
     s, classes, knobs = read_synthetic(run, adaptation), read_labelled(run).classes, run.knobs
     chosen = read_json(run.folder("select")/"chosen.json")["chosen"]
     kept = set().union(*chosen.get(adaptation, chosen["guidance_only"])["selected"].values())  # at any ratio
