@@ -181,7 +181,7 @@ def _fixed_knobs(preset, overrides):
     "The knobs that a published prior brings with it."
     if not preset.prior: return {}
     own = published_prior(preset.prior)[1]["knobs"]
-    free = _OWN[:1] if is_published(preset, "diffusion") else _OWN
+    free = _OWN[:1] if is_published(preset, "diffusion") else (*_OWN, *{"prediction"} & {*overrides})  # it can learn to tell v
     own = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items() if k in preset.knobs() and k not in free + _NEW}
     if clash := [k for k in sorted(own) if k in overrides and getattr(preset, k) != own[k]]:
         raise HistoDiffusionError(f"The prior '{preset.prior}' was made with {clash[0]} = {own[clash[0]]}: leave {clash[0]} out, or "

@@ -82,6 +82,22 @@ def test_a_published_prior_learns_on(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_prior_that_learns_on_may_learn_to_tell_v(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HISTODIFFUSION_RESULTS_PATH", str(tmp_path))
+    own = read_json(WEIGHTS / name / "diffusion" / "provenance.json")["knobs"]["prediction"]
+    other = {"epsilon": "v_prediction", "v_prediction": "epsilon"}[own]
+    assert start_from(name, prior_steps=2).knobs.prediction == own
+    run = start_from(name, prior_steps=1, prediction=other, min_snr_gamma=0)
+    pretraining_data(run)
+    diffusion(run)
+    assert load_pipeline(run.folder("diffusion") / "model")[1] and run.knobs.prediction == other
+    told = read_json(run.folder("diffusion") / "model" / "scheduler" / "scheduler_config.json")["prediction_type"]
+    assert told == other
+    with pytest.raises(HistoDiffusionError, match="was made with prediction"):
+        Run("small", "phantom:target", overrides={"prior": name, "prediction": other})
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_only_what_follows_the_prior_depends_on_how_it_learns_on(name):
     as_it_is = Run("small", "phantom:target", overrides={"prior": name})
     follows = [s for s in STAGES if "diffusion" in upstream_of(s)]
