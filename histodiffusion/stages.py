@@ -62,6 +62,7 @@ def _stained(run, images):
     print(f"stain: {len(left)} of {len(images)} patches hold too little tissue, and stay as they are")
     return new
 
+# %% ../nbs/library/23_stages.ipynb #5e2d71c4
 @stage("target_data")
 def target_data(
     run:Run,
