@@ -299,7 +299,8 @@ def _pretraining(run):
     pools = [("unlabelled patches", n, _one(run, pretrain_patches=n)) for n in sorted({*c.ablation_pools, c.pretrain_patches})
              if not is_published(c, "diffusion")]
     counts = sorted({min(k, len(sets)) for k in (*c.ablation_sets, len(sets))})
-    counts = _from_published(run) if c.prior else [("pre-training sets", k, _one(run, pretrain_sets=sets[:k])) for k in counts]
+    less = lambda k: dict(pretrain_sets=sets[:k]) if k else dict(diffusion_steps=0)  # none: a U-Net of random weights
+    counts = _from_published(run) if c.prior else [("pre-training sets", k, _one(run, **less(k))) for k in counts]
     return [v for axis in (pools, counts) if len(axis) > 1 for v in axis] or pools
 
 # %% ../nbs/library/25_ablations.ipynb #a00841a2

@@ -21,7 +21,7 @@ from diffusers import AutoencoderDC
 from PIL import Image
 
 from .audit import colour_statistics
-from .core import HistoDiffusionError, get_device, progress
+from .core import HistoDiffusionError, get_device, patches_at_once, progress
 from .packed import images_to_tensor, tensor_to_images
 from .features import feature_maps
 from .training import Fit, FitConfig, fit, mixed_precision
@@ -222,12 +222,12 @@ def fold_deviation(
 def encode_patches(
     autoencoder:AutoencoderDC,
     images:np.ndarray, # (N, H, W, C) uint8
-    batch_size:int=64, # patches at a time
+    batch_size:int|None=None, # patches at a time; None: 64, on a GPU 512
     desc:str="encoding", # for the progress bar
     precision:str="no", # one of training.PRECISIONS
 ) -> torch.Tensor: # (N, C, h, w) float16
     "The latent of each patch."
-    device, found = get_device(), []
+    device, found, batch_size = get_device(), [], batch_size or patches_at_once()
     autoencoder.to(device, memory_format=torch.channels_last).eval()
     starts = range(0, len(images), batch_size)
     for i in (progress(starts, desc=desc, unit="batch") if len(images) > 2000 else starts):
@@ -239,14 +239,14 @@ def encode_patches(
 def decode_latents(
     autoencoder:AutoencoderDC,
     latents:torch.Tensor, # (N, C, h, w), unit variance
-    batch_size:int=64, # latents at a time
+    batch_size:int|None=None, # latents at a time; None: 64, on a GPU 512
     precision:str="no", # one of training.PRECISIONS
 ) -> np.ndarray: # (N, H, W, C) uint8
     "The patches that latents stand for."
     device = get_device(); autoencoder.to(device, memory_format=torch.channels_last).eval()
     with mixed_precision(precision):
         return np.concatenate([tensor_to_images(autoencoder.decode(z.to(device).float()).sample.float())
-                               for z in latents.split(batch_size)])
+                               for z in latents.split(batch_size or patches_at_once())])
 
 # %% ../nbs/library/11_autoencoder.ipynb #38711a20
 def psnr(

@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch.nn.utils import parametrize
 
 from .core import HistoDiffusionError, get_device
-from .training import Fit, FitConfig, fit
+from .training import Fit, FitConfig, fit, normal_like
 
 # %% ../nbs/library/12_diffusion.ipynb #9ba02237
 def noise_schedule(
@@ -62,12 +62,17 @@ class LatentSampler:
     def __init__(self,
         latents:torch.Tensor, # (N, C, h, w) float16 or float32
     ):
-        self.latents = latents
+        self.latents = latents.to(get_device()) if _fits(latents) else latents
 
     def __len__(self): return len(self.latents)
     def __call__(self, n, generator):
         "A batch of `n` latents on the device."
-        return self.latents[torch.randint(len(self.latents), (n,), generator=generator)].float().to(get_device())
+        i = torch.randint(len(self.latents), (n,), generator=generator).to(self.latents.device)
+        return self.latents[i].to(get_device()).float()
+
+def _fits(latents):
+    "Whether latents take at most a quarter of a GPU's free memory, and so may stay there."
+    return torch.cuda.is_available() and latents.nbytes < torch.cuda.mem_get_info()[0]/4
 
 # %% ../nbs/library/12_diffusion.ipynb #adaf3f26
 class DiffusionLoss:
@@ -84,7 +89,7 @@ class DiffusionLoss:
     def __call__(self, model, generator):
         z = self.latents(self.batch, generator)
         t = torch.randint(len(self.weights), (len(z),), generator=generator).to(z.device)
-        noise = torch.randn(z.shape, generator=generator).to(z.device)
+        noise = normal_like(z, generator)
         noisy = self.schedule.add_noise(z, noise, t)
         target = noise if self.schedule.config.prediction_type == "epsilon" else self.schedule.get_velocity(z, noise, t)
         error = (model(noisy, t).sample.float() - target).square().mean((1, 2, 3))

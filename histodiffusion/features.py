@@ -16,7 +16,7 @@ import timm
 import torch
 from torch import nn
 
-from .core import HistoDiffusionError, get_device, hash_file, load_settings, load_tensors, progress
+from .core import HistoDiffusionError, get_device, hash_file, load_settings, load_tensors, patches_at_once, progress
 from .packed import images_to_tensor
 
 # %% ../nbs/library/08_features.ipynb #587f09ed
@@ -142,9 +142,10 @@ def load_encoder(
 def encode_images(
     encoder:ImageEncoder,
     images:np.ndarray, # (N, H, W, C) uint8, grey or RGB, of any size
-    batch_size:int=64, # patches at a time
+    batch_size:int|None=None, # patches at a time; None: 64, on a GPU 512
 ) -> np.ndarray: # (N, D) float32
     "Feature vectors of patches."
+    batch_size = batch_size or patches_at_once()
     starts = range(0, len(images), batch_size)
     if len(images) > 2000: starts = progress(starts, desc=f"features ({encoder.name})", unit="batch")
     device = next(encoder.buffers()).device

@@ -21,7 +21,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from .autoencoder import encode_patches
 from .core import HistoDiffusionError, get_device
 from .diffusion import build_unet, noise_schedule
-from .training import Fit, FitConfig, fit
+from .training import Fit, FitConfig, fit, normal_like
 
 # %% ../nbs/library/13_latent_classifier.ipynb #f9ddc154
 class UNetFeatures(nn.Module):
@@ -185,7 +185,7 @@ class ClassifierLoss:
         i, z = self.latents.pick(self.batch, generator)
         t = torch.randint(self.schedule.config.num_train_timesteps, (len(z),), generator=generator).to(z.device)
         if self.mode == "noise_aware":
-            z = self.schedule.add_noise(z, torch.randn(z.shape, generator=generator).to(z.device), t)
+            z = self.schedule.add_noise(z, normal_like(z, generator), t)
         else: t = torch.zeros_like(t)
         logits, y = model.each_head(z, t), self.latents.labels[i].to(z.device)
         n, heads, k = logits.shape

@@ -48,7 +48,7 @@ class PriorKnobs:
     unet_attention: tuple = (False, True) # self-attention at each level
     prediction: str = "epsilon" # 'epsilon' or 'v_prediction'
     min_snr_gamma: float = 5. # min-SNR weighting; 0: none
-    diffusion_steps: int = 150 # optimiser steps
+    diffusion_steps: int = 150 # optimiser steps; 0: a U-Net of random weights, no pre-training
     diffusion_batch: int = 32 # latents per step
     diffusion_lr: float = 1e-3 # peak learning rate
 
@@ -115,7 +115,7 @@ class AblationKnobs:
     ablation_seeds: int = 1 # how many of the seeds, the first ones, whole runs are varied at
     ablation_labels: tuple = (.05,) # further label fractions at which the gain is measured
     ablation_pools: tuple = (1800,) # numbers of unlabelled patches
-    ablation_sets: tuple = (1,) # numbers of pre-training sets; with a published prior it is none, its own, and the run's
+    ablation_sets: tuple = (1,) # numbers of pre-training sets, 0: none; with a published prior it is none, its own, and the run's
     ablation_thresholds: tuple = (.9,) # further thresholds of selection
     ablation_ratios: tuple = (1.5,) # further ratios of synthetic over real patches
     ablation_backbones: tuple = ("test_vit",) # further backbones; the packaged encoder is always one
@@ -149,24 +149,17 @@ _SMALL = dict(
     ablation_pools=(3000,), ablation_sets=(1,), ablation_thresholds=(.9,), ablation_ratios=(3., 10.),
     ablation_backbones=("test_resnet",))
 _GPU = _SMALL | dict(
-    name="gpu", description="one GPU, a day; untried", tried=False, expected=None, seeds=(0, 1, 2, 3, 4), pretrain_patches=400_000,
-    ablation_scales=(0., 1., 2., 4., 8., 16.), ablation_steps=(5, 10, 25, 100), ablation_seeds=3, ablation_sets=(1, 2, 3),
-    ablation_schedulers=("ddim", "ddpm", "dpmpp", "unipc", "euler", "heun"), ablation_fractions=(.02, .05, .2),
-    ablation_labels=(.01, .02, .1, .2, .5, 1.), ablation_thresholds=(.3, .7, .9), ablation_ratios=(.5, 2., 3., 5., 10.),
-    autoencoder_channels=(128, 256), autoencoder_layers=3, autoencoder_steps=40_000, autoencoder_batch=64,
-    autoencoder_crop=64, autoencoder_lr=5e-4, critic_weight=.1, unet_channels=(128, 256, 384), unet_layers=2,
-    diffusion_steps=150_000, diffusion_batch=256, diffusion_lr=2e-4, finetune_steps=3000, finetune_lr=1e-4,
-    classifier_steps=3000, classifier_batch=128, sampler_steps=50, samples_per_class=600,
-    backbone="resnet18", backbone_steps=3000, backbone_batch=128, backbone_lr=1e-3, judge="resnet18", judge_steps=3000,
-    judge_lr=1e-3, precision="bf16")
+    name="gpu", description="one GPU, each stage in minutes", tried=False, expected=None, seeds=(0, 1, 2, 3, 4), pretrain_patches=60_000,
+    unet_channels=(64, 128, 256), prediction="v_prediction", min_snr_gamma=0., diffusion_steps=8000, diffusion_batch=256,
+    finetune_steps=1000, samples_per_class=600, backbone_steps=2400, ablation_pools=(), ablation_sets=(0,))
 
 # %% ../nbs/library/21_profiles.ipynb #25ae128c
 _PAPER = _GPU | dict(
-    name="paper", description="the reference's published sizes, several GPU days; untried",
-    image_size=256, pretrain_patches=1_000_000, autoencoder_channels=(256, 512), latent_channels=3, latent_channels_grey=3,
-    autoencoder_steps=200_000, autoencoder_batch=16, autoencoder_crop=256, autoencoder_lr=1e-4,
-    unet_channels=(192, 384, 384, 768, 768), unet_attention=(True,)*5, min_snr_gamma=0.,
-    diffusion_steps=500_000, diffusion_batch=64, diffusion_lr=1e-4, finetune_steps=20_000, finetune_lr=2e-5,
+    name="paper", description="the reference's published sizes, several GPU days; untried", tried=False, expected=None,
+    image_size=256, pretrain_patches=1_000_000, autoencoder_channels=(256, 512), autoencoder_layers=3, latent_channels=3,
+    latent_channels_grey=3, autoencoder_steps=200_000, autoencoder_batch=16, autoencoder_crop=256,
+    autoencoder_lr=1e-4, critic_weight=.1, unet_channels=(192, 384, 384, 768, 768), unet_attention=(True,)*5, unet_layers=2,
+    prediction="epsilon", diffusion_steps=500_000, diffusion_batch=64, diffusion_lr=1e-4, finetune_steps=20_000, finetune_lr=2e-5,
     classifier_steps=20_000, classifier_batch=32, classifier_lr=5e-5, eta=1., guidance_scale=10.,
     samples_per_class=1000, synthetic_share=0., backbone="vit_small_patch16_224", backbone_steps=20_000, backbone_batch=64,
     judge="vit_small_patch16_224", judge_steps=20_000)
@@ -196,7 +189,7 @@ def _check(p):
     "Refuse values that no run can use."
     downs = len(p.autoencoder_channels) + len(p.unet_channels) - 1
     zero = ("perceptual_weight", "selection_diversity", "critic_weight", "critic_start", "kl_weight", "roughness_weight",
-            "latent_noise", "synthetic_share", "min_snr_gamma", "finetune_steps", "eta", "guidance_scale", "prior_steps")
+            "latent_noise", "synthetic_share", "min_snr_gamma", "diffusion_steps", "finetune_steps", "eta", "guidance_scale", "prior_steps")
     low = [k for k, v in p.knobs().items() if type(v) in (int, float) and (v < 0 or v == 0 and k not in zero)]
     problems = {
         f"{', '.join(low)} must be greater than 0": low,

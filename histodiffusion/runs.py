@@ -406,9 +406,9 @@ def _git(root, *args):
 def commit_of(
     root, # the project's folder
 ) -> dict: # commit, and whether tracked files other than results differ from it
-    "The commit that the code is at; 'unknown' outside git."
+    "The commit that the code is at; outside git the one that HISTODIFFUSION_COMMIT names, else 'unknown'."
     commit = _git(root, "rev-parse", "HEAD") if (Path(root)/".git").exists() else None
-    if commit is None: return dict(commit="unknown", dirty=None)
+    if commit is None: return dict(commit=os.environ.get("HISTODIFFUSION_COMMIT", "unknown"), dirty=None)
     changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!figures")
     return dict(commit=commit, dirty=bool(changed))
 

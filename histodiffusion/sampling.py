@@ -21,7 +21,7 @@ from diffusers import AutoencoderDC, LDMPipeline, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
 from .autoencoder import decode_latents
-from .core import HistoDiffusionError, derive_seed, get_device, progress
+from .core import HistoDiffusionError, derive_seed, get_device, patches_at_once, progress
 from .diffusion import DiffusionLoss, noise_schedule
 from .latent_classifier import LatentClassifier
 from .training import mixed_precision
@@ -414,13 +414,13 @@ def draw_latents(
     steps:int=25, # sampler steps
     eta:float=0., # DDIM's noise
     seed:int=0, # of all noise
-    batch_size:int=64, # samples at a time
+    batch_size:int|None=None, # samples at a time; None: 64, on a GPU 512
     precision:str="no", # of the networks, one of training.PRECISIONS
     rejection:Rejection|None=None, # None: no sample is dropped
     classifier=None, # whose posterior is told and rejects; None: the guidance's, if it has one
 ) -> dict: # latents (N, C, h, w), confidence (N,) at t = 0, posteriors (N, checkpoints), attempts (N,), drawn, rejected, evaluations
     "Latents of the wanted classes, as many as wanted of each."
-    labels, guidance = np.asarray(labels), guidance or Guidance()
+    labels, guidance, batch_size = np.asarray(labels), guidance or Guidance(), batch_size or patches_at_once()
     classifier = classifier or guidance.classifier
     if rejection and classifier is None: raise HistoDiffusionError("Early rejection needs a classifier: guide with one, or pass one.")
     scheduler = set_steps(make_scheduler(scheduler) if isinstance(scheduler, str) else scheduler, steps)
@@ -472,7 +472,7 @@ def synthesize_patches(
     steps:int=25, # sampler steps
     eta:float=0., # DDIM's noise
     seed:int=0, # of all noise
-    batch_size:int=64, # patches at a time
+    batch_size:int|None=None, # patches at a time; None: 64, on a GPU 512
     precision:str="no", # of the networks, one of training.PRECISIONS
     rejection:Rejection|None=None, # None: no sample is dropped
     classifier=None, # whose posterior is told and rejects; None: the guidance's, if it has one
