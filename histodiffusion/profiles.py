@@ -151,7 +151,8 @@ _SMALL = dict(
 _GPU = _SMALL | dict(
     name="gpu", description="one GPU, each stage in minutes", tried=False, expected=None, seeds=(0, 1, 2, 3, 4), pretrain_patches=60_000,
     unet_channels=(64, 128, 256), prediction="v_prediction", min_snr_gamma=0., diffusion_steps=8000, diffusion_batch=256,
-    finetune_steps=1000, samples_per_class=600, backbone_steps=2400, ablation_pools=(), ablation_sets=(0,))
+    finetune_steps=200, finetune_lr=4e-4, told_steps=200, samples_per_class=480, ratios=(1., 3.), ablation_pools=(),
+    ablation_sets=(0,))
 
 # %% ../nbs/library/21_profiles.ipynb #25ae128c
 _PAPER = _GPU | dict(
