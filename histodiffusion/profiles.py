@@ -70,6 +70,7 @@ class TargetKnobs:
     eta: float = 0. # noise added in sampling: 0 deterministic DDIM .. 1 as DDPM
     guidance_scale: float = 4. # s of the classifier guidance, >= 0
     guidance_interval: tuple = (0, 1000) # times t at which guidance acts, from (inclusive) .. to (exclusive)
+    start_time: int = 1000 # time that sampling starts at: 1000 from noise; before, from labelled patches of the class, noised to it
     samples_per_class: int = 20 # patches generated for each class
     selection_rule: str = "both" # 'centroid', 'confidence', 'both', 'random', or one of your own
     selection_threshold: float = .5 # least probability of the target class, 0 < p <= 1
@@ -198,6 +199,7 @@ def _check(p):
         "label_fraction must be at most 1": p.label_fraction > 1,
         "selection_threshold must be at most 1": p.selection_threshold > 1,
         "synthetic_share must be at most 1": p.synthetic_share > 1,
+        "start_time must be at most 1000": p.start_time > 1000,
         "guidance_interval needs two times, from 0 to 1000, the earlier first":
             not (len(p.guidance_interval) == 2 and 0 <= p.guidance_interval[0] < p.guidance_interval[1] <= 1000),
         "seeds must name one or more different whole numbers >= 0":

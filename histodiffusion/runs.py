@@ -66,7 +66,8 @@ _ADAPTED = (
                       "classifier_mode", "min_snr_gamma", "precision")),
     StageSpec("synthesize", "sample patches class by class with classifier guidance", "synthetic patches, by class",
               "synthesize", ("target_data", "autoencoder", "adapt"),
-              fields=("scheduler", "sampler_steps", "eta", "guidance_scale", "guidance_interval", "samples_per_class", "precision")),
+              fields=("scheduler", "sampler_steps", "eta", "guidance_scale", "guidance_interval", "start_time", "samples_per_class",
+                      "precision")),
     StageSpec("real_only", "train the backbone on the labelled patches alone, plainly and with standard augmentation",
               "weights of both backbones and of the judge", "augment", ("target_data",), _BACKBONE),
     StageSpec("select", "keep the synthetic patches that match their class", "verdicts, chosen patches",
@@ -175,6 +176,12 @@ def is_published(
     return bool(knobs.prior) and stage in (("autoencoder",) if learns_on else PRIOR_STAGES)
 
 _NEW = ("prior_part", "prior_steps")  # of what a run makes of a prior
+_LATER = dict(start_time=1000)  # knobs that keys leave out at this value, so that what was made before them keeps its key
+
+def _keyed(knobs, fields):
+    "The knobs that a stage's key covers."
+    every = {k: getattr(knobs, k) for k in fields if knobs.prior or k not in _NEW}
+    return {k: v for k, v in every.items() if k not in _LATER or v != _LATER[k]}
 _OWN = ("precision", "pretrain_patches", "diffusion_steps", "diffusion_batch", "diffusion_lr", "min_snr_gamma")
 
 def _fixed_knobs(preset, overrides):
@@ -345,7 +352,7 @@ def stage_key(
     if is_published(run.knobs, stage): return read_json(provenance_path(run, stage))["key"]  # of the training that it came from
     sets = {"pretraining": run.pretrain_sets, "target": (run.dataset,), "": ()}[spec.data]
     return hash_object(dict(
-        format=FORMAT, stage=stage, knobs={k: getattr(run.knobs, k) for k in spec.fields if run.knobs.prior or k not in _NEW},
+        format=FORMAT, stage=stage, knobs=_keyed(run.knobs, spec.fields),
         upstream=[stage_key(r, u) for u, r in stage_inputs(run, stage)],
         **({"prior": published_prior(run.knobs.prior)[1]["key"]} if run.knobs.prior and stage == "diffusion" else {}),
         **({"without": run.fingerprint(run.dataset)} if run.skip_leaks and stage == "pretraining_data" else {}),

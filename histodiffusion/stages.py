@@ -206,6 +206,14 @@ def _fine_tune(run, latents, vae, unet, schedule, seed, folder):
 # %% ../nbs/library/23_stages.ipynb #a3b7c606
 ADAPTATIONS = ("guidance_only", "finetuned")
 
+def _start(run, vae, labels):
+    "Where sampling starts: latents of labelled patches of each class, in chance symmetries, and the time; None for noise alone."
+    c, labelled = run.config, read_labelled(run)
+    if c.start_time == 1000: return None
+    rng, every = np.random.default_rng(derive_seed("start", run.seed)), d4_images(labelled.images)
+    i = np.array([rng.choice(np.flatnonzero(labelled.labels == k)) for k in labels])
+    return encode_patches(vae, every[i + len(labelled)*rng.integers(8, size=len(i))], precision=c.precision), c.start_time
+
 @stage("synthesize")
 def synthesize(
     run:Run,
@@ -221,7 +229,7 @@ def synthesize(
         labels = every[:len(every)//4] if unet is prior and c.finetune_steps else every  # to compare, fewer do
         guidance = ClassifierGuidance(classifier, c.guidance_scale, interval=c.guidance_interval)
         s = synthesize_patches(unet, vae, labels, guidance, make_scheduler(c.scheduler, noise_schedule(c.prediction)), c.sampler_steps,
-                               c.eta, derive_seed("sample", run.seed), precision=c.precision)
+                               c.eta, derive_seed("sample", run.seed), precision=c.precision, start=_start(run, vae, labels))
         save_tensors(folder/f"{name}.safetensors", dict(images=s["images"], labels=labels, confidence=s["confidence"]),
                      dict(scheduler=c.scheduler, steps=c.sampler_steps, guidance_scale=c.guidance_scale, seed=run.seed))
 
