@@ -31,7 +31,7 @@ from .latent_classifier import LabelledLatents
 from .metrics import (classification_metrics, gain_interval, holm, image_quality, near_copies, nearest_neighbours,
                                     summarise_methods, write_table)
 from .runs import STAGES, Run, is_published, provenance_path, published_prior, stage
-from .sampling import ClassifierFreeGuidance, load_pipeline, make_scheduler, synthesize_patches
+from .sampling import ClassifierFreeGuidance, ClassifierGuidance, load_pipeline, make_scheduler, synthesize_patches
 from .stages import (backbone_config, chosen_patches, load_backbone, measure_methods, read_labelled, read_split,
                                    read_synthetic, synthetic_counts, with_patches)
 from .training import FitConfig
@@ -304,6 +304,14 @@ def _may_draw(run):
     "Whether real patches of the target may be drawn: those of open sets, and of a folder of one's own."
     return may_show(run.dataset) or run.dataset.startswith("folder:")
 
+def _from_noise(run, n=6):
+    "Some patches of each class from noise alone, to show where what was drawn from labelled patches may not be shown."
+    c, (vae, unet, classifier) = run.config, load_pipeline(run.folder("adapt")/"model")
+    labels = np.repeat(np.arange(classifier.config.n_classes), n)
+    s = synthesize_patches(unet, vae, labels, ClassifierGuidance(classifier, c.guidance_scale, interval=c.guidance_interval),
+                           make_scheduler(c.scheduler, noise_schedule(c.prediction)), c.sampler_steps, c.eta, precision=c.precision)
+    return s["images"], labels
+
 @stage("figure_2")
 def figure_2(
     run:Run,
@@ -311,12 +319,10 @@ def figure_2(
 ):
     "Draw real and synthetic patches side by side, and the method as Figure 1."
     labelled, chosen = read_labelled(run), read_json(run.folder("select")/"chosen.json")["chosen"]
-    columns = {}
-    for name in chosen:
-        s = read_synthetic(run, name)
-        columns[name.replace("_", " ")] = class_examples(s["images"], s["labels"], labelled.classes)
-    images, labels = chosen_patches(run)
-    if images is not None: columns["selected"] = class_examples(images, labels, labelled.classes)
+    patches = {n.replace("_", " "): (s["images"], s["labels"]) for n in chosen for s in [read_synthetic(run, n)]}
+    if (selected := chosen_patches(run))[0] is not None: patches["selected"] = selected
+    if run.config.start_time < 1000 and not _may_draw(run): patches = {"from noise": _from_noise(run)}
+    columns = {n: class_examples(*p, labelled.classes) for n, p in patches.items()}
     real = class_examples(labelled.images, labelled.labels, labelled.classes) if _may_draw(run) else {}
     save_figure(draw_figure_2(real, columns, labelled.classes), run.figures/"figure_2")
     save_figure(method_diagram(), run.figures/"figure_1")
