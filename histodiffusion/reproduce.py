@@ -107,9 +107,9 @@ def _variants(k, seconds, more):
     chain = sum(seconds[s] for s in ("adapt", "synthesize", "real_only", "augment"))
     seeds, prior = min(len(k.seeds), k.ablation_seeds), seconds["autoencoder"] + seconds["diffusion"]
     if k.prior: prior = seconds["diffusion"]
+    pools = len({*k.ablation_pools} - {k.pretrain_patches}) + bool(k.prior)
     return dict(ablation_labels=seeds*len(k.ablation_labels)*chain, ablation_ratio=seeds*(more + seconds["augment"]),
-                ablation_pretraining=(len({*k.ablation_pools} - {k.pretrain_patches}) + len(k.ablation_sets) + bool(k.prior))*(
-                    prior + seeds*chain),
+                ablation_pretraining=(pools + len(k.ablation_sets))*seeds*chain + (pools + sum(map(bool, k.ablation_sets)))*prior,
                 ablation_selection=seeds*(2 + len(k.ablation_thresholds))*seconds["augment"],
                 ablation_backbone=seeds*len(k.ablation_backbones)*(seconds["real_only"] + seconds["augment"]/4))
 
