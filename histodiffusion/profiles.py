@@ -163,9 +163,9 @@ _PAPER = _GPU | dict(
     latent_channels_grey=3, autoencoder_steps=200_000, autoencoder_batch=16, autoencoder_crop=256,
     autoencoder_lr=1e-4, critic_weight=.1, unet_channels=(192, 384, 384, 768, 768), unet_attention=(True,)*5, unet_layers=2,
     prediction="epsilon", diffusion_steps=500_000, diffusion_batch=64, diffusion_lr=1e-4, finetune_steps=20_000, finetune_lr=2e-5,
-    classifier_steps=20_000, classifier_batch=32, classifier_lr=5e-5, eta=1., guidance_scale=10.,
+    classifier_steps=20_000, classifier_batch=32, classifier_lr=5e-5, sampler_steps=50, eta=1., guidance_scale=10.,
     samples_per_class=1000, synthetic_share=0., backbone="vit_small_patch16_224", backbone_steps=20_000, backbone_batch=64,
-    judge="vit_small_patch16_224", judge_steps=20_000)
+    judge="vit_small_patch16_224", judge_steps=20_000, judge_lr=1e-3, ratios=(.5, 1., 2., 3.))
 
 PROFILES: dict[str, Profile] = {p.name: p for p in (Profile(), *(Profile(**k) for k in (_SMALL, _GPU, _PAPER)))}
 
