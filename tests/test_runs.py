@@ -90,6 +90,7 @@ def test_every_knob_changes_the_stages_that_list_it_and_no_earlier_one(project):
         "critic_weight": 0.1,
         "selection_diversity": 0.5,
         "guidance_interval": (0, 900),
+        "start_time": 400,
     }
     for name, old in Profile().knobs().items():
         if name in ("label_fraction", "prior", "prior_part", "prior_steps"):  # see test_weights.py for priors
