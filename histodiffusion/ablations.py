@@ -32,7 +32,7 @@ from .latent_classifier import (LabelledLatents, LatentClassifier, classifier_fr
 from .metrics import TABLE_COLUMNS, near_copies, summarise_methods, write_table
 from .runs import MADE_BY, Run, is_published, prior_sets, stage, upstream_of
 from .sampling import ClassifierGuidance, calibrate_rejection, load_pipeline, make_scheduler, synthesize_patches
-from .stages import Acceptance, read_labelled, read_split
+from .stages import Acceptance, draw_candidates, read_labelled, read_split
 from .training import FitConfig
 
 # %% ../nbs/library/25_ablations.ipynb #0faf40c8
@@ -219,9 +219,8 @@ def measure_adaptation(
     "Sample from a prior that was adapted in a way, and measure all its patches and the copies among them."
     c, run, few = adapter.c, adapter.run, _labelled(adapter.run, fraction)
     labels = np.tile(np.arange(len(few.classes)), c.ablation_per_class)
-    guidance = ClassifierGuidance(adapter.classifier(fraction), c.guidance_scale, interval=tuple(c.guidance_interval))
-    s = synthesize_patches(adapter.unet(mode, fraction), adapter.vae, labels, guidance, make_scheduler(c.scheduler, adapter.schedule),
-                           c.sampler_steps, c.eta, derive_seed("adaptation", run.seed), precision=c.precision)
+    s = draw_candidates(c, adapter.vae, adapter.unet(mode, fraction), adapter.classifier(fraction), labels,
+                        derive_seed("adaptation", run.seed))
     seen = read_split(run, "train").images if mode.startswith("training") else few.images
     name, synthetic = yardstick.encoders[0].name, encode_images(yardstick.encoders[0], s["images"])
     copies = near_copies(synthetic, encode_images(yardstick.encoders[0], seen), yardstick.real[name])

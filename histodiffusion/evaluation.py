@@ -31,9 +31,9 @@ from .latent_classifier import LabelledLatents
 from .metrics import (classification_metrics, gain_interval, holm, image_quality, near_copies, nearest_neighbours,
                                     summarise_methods, write_table)
 from .runs import STAGES, Run, is_published, provenance_path, published_prior, stage
-from .sampling import ClassifierFreeGuidance, ClassifierGuidance, load_pipeline, make_scheduler, synthesize_patches
-from .stages import (backbone_config, chosen_patches, load_backbone, measure_methods, read_labelled, read_split,
-                                   read_synthetic, synthetic_counts, with_patches)
+from .sampling import ClassifierFreeGuidance, load_pipeline, make_scheduler, synthesize_patches
+from .stages import (backbone_config, chosen_patches, draw_candidates, load_backbone, measure_methods, read_labelled,
+                                   read_split, read_synthetic, synthetic_counts, with_patches)
 from .training import FitConfig
 
 # %% ../nbs/library/24_evaluation.ipynb #21643a98
@@ -308,9 +308,7 @@ def _from_noise(run, n=6):
     "Some patches of each class from noise alone, to show where what was drawn from labelled patches may not be shown."
     c, (vae, unet, classifier) = run.config, load_pipeline(run.folder("adapt")/"model")
     labels = np.repeat(np.arange(classifier.config.n_classes), n)
-    s = synthesize_patches(unet, vae, labels, ClassifierGuidance(classifier, c.guidance_scale, interval=c.guidance_interval),
-                           make_scheduler(c.scheduler, noise_schedule(c.prediction)), c.sampler_steps, c.eta, precision=c.precision)
-    return s["images"], labels
+    return draw_candidates(c, vae, unet, classifier, labels)["images"], labels
 
 @stage("figure_2")
 def figure_2(

@@ -150,7 +150,7 @@ _SMALL = dict(
     ablation_pools=(3000,), ablation_sets=(1,), ablation_thresholds=(.9,), ablation_ratios=(3., 10.),
     ablation_backbones=("test_resnet",))
 _GPU = _SMALL | dict(
-    name="gpu", description="one GPU, each stage in minutes; its patches not yet tested", tried=False, expected=None,
+    name="gpu", description="one GPU; tried as far as the candidates, its patches not yet tested", tried=False, expected=None,
     seeds=(0, 1, 2, 3, 4), pretrain_patches=60_000,
     unet_channels=(64, 128, 256), prediction="v_prediction", min_snr_gamma=0., diffusion_steps=3500, diffusion_batch=512,
     finetune_steps=200, finetune_lr=4e-4, told_steps=200, samples_per_class=480, ratios=(1., 3.), ablation_pools=(),

@@ -175,13 +175,8 @@ def is_published(
     learns_on = knobs.prior_steps > 0 or knobs.prior_part != "whole"
     return bool(knobs.prior) and stage in (("autoencoder",) if learns_on else PRIOR_STAGES)
 
+# %% ../nbs/library/22_runs.ipynb #7f1e0001
 _NEW = ("prior_part", "prior_steps")  # of what a run makes of a prior
-_LATER = dict(start_time=1000)  # knobs that keys leave out at this value, so that what was made before them keeps its key
-
-def _keyed(knobs, fields):
-    "The knobs that a stage's key covers."
-    every = {k: getattr(knobs, k) for k in fields if knobs.prior or k not in _NEW}
-    return {k: v for k, v in every.items() if k not in _LATER or v != _LATER[k]}
 _OWN = ("precision", "pretrain_patches", "diffusion_steps", "diffusion_batch", "diffusion_lr", "min_snr_gamma")
 
 def _fixed_knobs(preset, overrides):
@@ -331,6 +326,12 @@ def figures(self:Run):
 
 # %% ../nbs/library/22_runs.ipynb #d4b9d0fd
 FORMAT = 3
+_LATER = ("start_time",)  # knobs that keys leave out at their defaults, so that what was made before them keeps its key
+
+def _keyed(knobs, fields):
+    "The knobs that a stage's key covers."
+    every = {k: getattr(knobs, k) for k in fields if knobs.prior or k not in _NEW}
+    return {k: v for k, v in every.items() if k not in _LATER or v != getattr(Profile, k)}
 
 def stage_inputs(
     run:Run,

@@ -63,6 +63,7 @@ def set_steps(
     if hasattr(scheduler, "set_begin_index"): scheduler.set_begin_index(0)  # else two equal first times would skip a step
     return scheduler
 
+# %% ../nbs/library/15_sampling.ipynb #7c1e0004
 def first_step(
     scheduler, # of `set_steps`
     t:int, # time, 0 .. T

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ADAPTATIONS', 'REAL', 'pretraining_data', 'target_data', 'read_pool', 'read_split', 'read_labelled', 'autoencoder',
-           'load_autoencoder', 'diffusion', 'adapt', 'synthesize', 'Candidates', 'read_synthetic', 'backbone_config',
-           'judge_config', 'real_only', 'load_backbone', 'load_judge', 'Acceptance', 'ratios_of', 'synthetic_counts',
-           'select', 'chosen_patches', 'with_patches', 'measure_methods', 'augment']
+           'load_autoencoder', 'diffusion', 'adapt', 'draw_candidates', 'synthesize', 'Candidates', 'read_synthetic',
+           'backbone_config', 'judge_config', 'real_only', 'load_backbone', 'load_judge', 'Acceptance', 'ratios_of',
+           'synthetic_counts', 'select', 'chosen_patches', 'with_patches', 'measure_methods', 'augment']
 
 # %% ../nbs/library/23_stages.ipynb #204513f5
 from dataclasses import replace
@@ -203,8 +203,20 @@ def _fine_tune(run, latents, vae, unet, schedule, seed, folder):
     return train_diffusion(latents, unet, schedule, c.diffusion_batch, c.min_snr_gamma, config, folder/"finetune", "fine-tuning",
                            c.lora_rank if c.finetune_mode == "lora" else 0)
 
-# %% ../nbs/library/23_stages.ipynb #a3b7c606
-ADAPTATIONS = ("guidance_only", "finetuned")
+# %% ../nbs/library/23_stages.ipynb #8d1e0004
+def draw_candidates(
+    c, # knobs of a profile
+    vae, # AutoencoderDC
+    unet, # UNet2DModel
+    classifier, # LatentClassifier
+    labels:np.ndarray, # (N,) target class of each patch
+    seed:int=0, # of all noise
+    start:tuple|None=None, # latents (N, C, h, w) and the time whose noise they get, to start from; None: from noise alone
+) -> dict: # as `synthesize_patches`
+    "Patches of the wanted classes, drawn and guided as a profile says."
+    guidance = ClassifierGuidance(classifier, c.guidance_scale, interval=tuple(c.guidance_interval))
+    scheduler = make_scheduler(c.scheduler, noise_schedule(c.prediction))
+    return synthesize_patches(unet, vae, labels, guidance, scheduler, c.sampler_steps, c.eta, seed, precision=c.precision, start=start)
 
 def _start(run, vae, labels):
     "Where sampling starts: latents of labelled patches of each class, in chance symmetries, and the time; None for noise alone."
@@ -213,6 +225,9 @@ def _start(run, vae, labels):
     rng, every = np.random.default_rng(derive_seed("start", run.seed)), d4_images(labelled.images)
     i = np.array([rng.choice(np.flatnonzero(labelled.labels == k)) for k in labels])
     return encode_patches(vae, every[i + len(labelled)*rng.integers(8, size=len(i))], precision=c.precision), c.start_time
+
+# %% ../nbs/library/23_stages.ipynb #a3b7c606
+ADAPTATIONS = ("guidance_only", "finetuned")
 
 @stage("synthesize")
 def synthesize(
@@ -227,9 +242,7 @@ def synthesize(
     for name, unet in zip(ADAPTATIONS, (prior, tuned) if c.finetune_steps else (prior,)):
         if (folder/f"{name}.safetensors").exists(): continue  # an earlier attempt got this far
         labels = every[:len(every)//4] if unet is prior and c.finetune_steps else every  # to compare, fewer do
-        guidance = ClassifierGuidance(classifier, c.guidance_scale, interval=c.guidance_interval)
-        s = synthesize_patches(unet, vae, labels, guidance, make_scheduler(c.scheduler, noise_schedule(c.prediction)), c.sampler_steps,
-                               c.eta, derive_seed("sample", run.seed), precision=c.precision, start=_start(run, vae, labels))
+        s = draw_candidates(c, vae, unet, classifier, labels, derive_seed("sample", run.seed), _start(run, vae, labels))
         save_tensors(folder/f"{name}.safetensors", dict(images=s["images"], labels=labels, confidence=s["confidence"]),
                      dict(scheduler=c.scheduler, steps=c.sampler_steps, guidance_scale=c.guidance_scale, seed=run.seed))
 
