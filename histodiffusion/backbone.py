@@ -19,7 +19,7 @@ from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_transform
 from timm.models import is_model_in_modules
 
-from .core import HistoDiffusionError, derive_seed, get_device, progress
+from .core import HistoDiffusionError, derive_seed, get_device, patches_at_once, progress
 from .features import lite0_weights
 from .packed import images_to_tensor
 from .training import FitConfig, fit, mixed_precision
@@ -224,11 +224,12 @@ def train_backbone(
 def features_and_posteriors(
     model:torch.nn.Module, # a trained backbone
     images:np.ndarray, # (N, H, W, C) uint8, N >= 1
-    batch_size:int=128, # patches at a time
+    batch_size:int|None=None, # patches at a time; None: 128, on a GPU 1024
     precision:str="no", # 'no' (fp32), 'bf16', 'fp16' or 'auto', see `choose_precision`
 ) -> tuple: # (N, D) float32 features just before the last layer, (N, K) float32 posteriors
     "Features and posteriors of patches, from one pass."
-    device, starts, found = next(model.parameters()).device, range(0, len(images), batch_size), []
+    device, found, batch_size = next(model.parameters()).device, [], batch_size or patches_at_once(128)
+    starts = range(0, len(images), batch_size)
     if len(images) > 5000: starts = progress(starts, desc="features and posteriors", unit="batch")
     model.eval()
     with mixed_precision(precision):
@@ -242,7 +243,7 @@ def features_and_posteriors(
 def predict(
     model:torch.nn.Module, # a trained backbone
     images:np.ndarray, # (N, H, W, C) uint8, N >= 1
-    batch_size:int=128, # patches at a time
+    batch_size:int|None=None, # patches at a time; None: 128, on a GPU 1024
 ) -> np.ndarray: # (N, K) float32 posteriors
     "Posteriors of patches."
     return features_and_posteriors(model, images, batch_size)[1]
@@ -250,7 +251,7 @@ def predict(
 def backbone_features(
     model:torch.nn.Module, # a trained backbone
     images:np.ndarray, # (N, H, W, C) uint8, N >= 1
-    batch_size:int=128, # patches at a time
+    batch_size:int|None=None, # patches at a time; None: 128, on a GPU 1024
 ) -> np.ndarray: # (N, D) float32
     "Features of patches just before the last layer."
     return features_and_posteriors(model, images, batch_size)[0]
