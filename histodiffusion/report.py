@@ -6,11 +6,13 @@
 __all__ = ['interval', 'verdict', 'compare_expected', 'report']
 
 # %% ../nbs/library/26_report.ipynb #94b0280b
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 
 from .core import write_text
-from .runs import Run, prior_sets, stage
+from .runs import Run, command_of, prior_sets, stage
 
 # %% ../nbs/library/26_report.ipynb #fd74aca2
 def interval(
@@ -70,14 +72,16 @@ def _safe(copies, noise, calibration, classes):
 # %% ../nbs/library/26_report.ipynb #d2282aa0
 def compare_expected(
     table:pd.DataFrame, # Table 1
-    expected:dict|None, # data set -> 'method@ratio' -> (accuracy, tolerance), fractions of 1
-    dataset:str, # the labelled set
+    run:Run, # that made it
 ) -> list: # sentences
     "How the accuracies of a run compare with those that its profile expects."
-    wanted = (expected or {}).get(dataset)
-    if not wanted: return [f"The profile expects nothing of {dataset}."]
-    lines = []
-    for name, (value, tolerance) in wanted.items():
+    wanted, lines = run.knobs.expected.get(run.dataset), []
+    if wanted is None: return [f"The profile expects nothing of {run.dataset}."]
+    model = replace(run, label_fraction=None, overrides=wanted.overrides, pretrain_sets=wanted.sets or None)
+    if {*model.pretrain_sets} != {*run.pretrain_sets} or model.key("augment") != run.key("augment"):
+        return ["This run is not the one that the profile expects something of, so nothing is compared. That one is "
+                f"`{command_of(model, 'reproduce')}`."]
+    for name, (value, tolerance) in wanted.accuracy.items():
         method, ratio = name.split("@")
         found = table[(table.method == method) & (table.ratio == float(ratio))].accuracy_mean
         if found.empty: lines.append(f"`{name}` was not measured; {value:.1%} is expected.")
@@ -99,7 +103,7 @@ def report(
              "At what cost?": (_cost(read("table_3")), "table_3.csv"),
              "Is it safe to use?": (_safe(*map(read, ("memorisation", "label_noise", "calibration", "gain_by_class"))),
                                     "memorisation.csv, label_noise.csv, calibration.csv, gain_by_class.csv"),
-             "Is it what the profile should reach?": (compare_expected(table, run.knobs.expected, run.dataset), "table_1.csv")}
+             "Is it what the profile should reach?": (compare_expected(table, run), "table_1.csv")}
     head = (f"# {run.dataset} at {run.label_fraction:.3g} of the labels\n\nProfile `{run.profile}`, {len(run.knobs.seeds)} seeds, "
             f"pre-trained on {', '.join(dict.fromkeys((*prior_sets(run), *run.pretrain_sets)))}"
             + (f", starting from the published prior `{run.knobs.prior}`" if run.knobs.prior else "") + ".\n")

@@ -149,7 +149,13 @@ def test_parameters_survive_json(project):
 
 def test_presets_are_valid():
     assert [get_profile(name).name for name in PROFILES] == ["smoke", "small", "gpu", "paper"]
-    assert all(p.expected is None for p in PROFILES.values() if not p.tried)
+    for name, p in PROFILES.items():
+        for dataset, wanted in p.expected.items():
+            run = Run(name, dataset, wanted.sets or None, overrides=wanted.overrides)
+            methods = {m.split("@")[0] for m in wanted.accuracy}
+            ratios = {float(m.split("@")[1]) for m in wanted.accuracy} - {0}
+            assert methods <= {"real", "histodiffusion_selected"} and ratios <= {*run.knobs.ratios, run.knobs.ratio}
+            assert all(0 < value < 1 and 0 < tolerance < 0.1 for value, tolerance in wanted.accuracy.values())
 
 
 def test_stage_cannot_read_a_knob_outside_its_key(project):
