@@ -152,7 +152,9 @@ def figure_2(
                                 for c in class_names]) for b in blocks.values()]
     h, w = pictures[0].shape[:2]
     size = 9*max(1., len(blocks)*w/DPI/FULL_WIDTH)  # pt; a wide figure shrinks in print
-    titles = [textwrap.fill(t, max(6, int(w/(size*.66*DPI/72)))) for t in blocks]  # as wide as its block
+    letters, longest = max(6, int(w/(size*.66*DPI/72))), max(len(word) for t in blocks for word in t.split())
+    small = min(1, letters/longest)  # so that no title is wider than its block, and no word broken
+    titles = [textwrap.fill(t, max(letters, longest)) for t in blocks]
     left, space = int(max(map(len, class_names))*size*.85*DPI/72) + 12, 14
     top = int((.8 + 1.2*max(t.count("\n") + 1 for t in titles))*size*DPI/72)
     width, height, text = left + len(blocks)*(w + space), top + h + 2, dict(va="center", fontsize=size)
@@ -160,7 +162,8 @@ def figure_2(
         fig = plt.figure(figsize=(width/DPI, height/DPI), layout="none", dpi=80)
         for j, (title, picture) in enumerate(zip(titles, pictures)):
             _place(fig, picture, left + j*(w + space), top)
-            fig.text((left + j*(w + space) + w/2)/width, 1 - top/2/height, title, weight="bold", ha="center", **text)
+            head = text | dict(fontsize=small*size, weight="bold", ha="center")
+            fig.text((left + j*(w + space) + w/2)/width, 1 - top/2/height, title, **head)
         for i, c in enumerate(class_names):
             fig.text((left - 8)/width, 1 - (top + (i + .5)*h/len(class_names))/height, c, ha="right", **text)
     return fig
