@@ -30,11 +30,22 @@ def verdict(
     if np.isnan(row.gain_ci_low): return "Not known: one seed has no interval"
     return "Yes" if row.gain_ci_low > 0 else "No, it harms" if row.gain_ci_high < 0 else "Not shown: the interval holds zero"
 
+_BOUNDS = dict(pseudo_labels="unlabelled, named and selected in the same way, as a perfect generator would draw them",
+               more_labels="labelled")
+
+def _bounds(table):
+    "What a better generator could give."
+    rows = table[table.method.isin(_BOUNDS)]
+    rows = rows[rows.ratio == rows.ratio.max()]
+    if rows.empty: return []
+    said = [f"{_BOUNDS[r.method]} {interval(r._asdict())}" for r in rows.itertuples()]
+    return [f"Real patches in their place, {rows.ratio.max():.0%} of the labelled ones: {'; '.join(said)}."]
+
 def _help(table, ratio):
     rows = table[table.method == "histodiffusion_selected"]
     row, real = rows[rows.ratio == ratio].iloc[0], table[table.method == "real"].iloc[0]
     best = rows.loc[rows.gain_mean.idxmax()]
-    others = table[~table.method.str.startswith("histodiffusion") & (table.method != "real")]
+    others = table[~table.method.str.startswith("histodiffusion") & ~table.method.isin(["real", *_BOUNDS])]
     rival = others.loc[others.accuracy_mean.idxmax()]
     lines = [f"**{verdict(row)}.** Selected synthetic patches, {ratio:.0%} of the real ones, change accuracy from {real.accuracy_mean:.1%} "
              f"by {interval(row)} over {int(row.n_seeds)} seeds"
@@ -42,7 +53,7 @@ def _help(table, ratio):
              f"Of the ratios tried, {best.ratio:.0%} is best: {interval(best)}.",
              f"The best of all other methods is `{rival.method}` at {rival.accuracy_mean:.1%}."]
     if not np.isnan(row.gain_std_mean): lines.insert(1, f"Over standard augmentation it is {interval(row, 'gain_std')}.")
-    return lines
+    return lines + _bounds(table)
 
 # %% ../nbs/library/26_report.ipynb #082aae97
 def _cost(table):
