@@ -24,8 +24,8 @@ WEB = "https://github.com/histodiffusion/histodiffusion/blob/main"
 # figures that bear another name than the stage that draws them
 DRAWN_BY = dict(
     figure_1="figure_2", quality_seconds="ablation_sampling", calibration="audit", gain_by_class="audit", closest_pairs="audit",
-    feature_map="audit", ablation_classifier="ablation_sampling", adaptation="table_1", selection="table_1", memorisation="audit",
-    label_noise="audit",
+    feature_map="audit", ablation_classifier="ablation_sampling", adaptation="table_1", gain="table_1", selection="table_1",
+    memorisation="audit", label_noise="audit",
 )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from .datasets import PatchSet
 from .diffusion import build_unet, noise_schedule
 from .features import encode_images, encoder_names, load_encoder
 from .figures import figure_2 as draw_figure_2
-from .figures import method_diagram, plot_calibration, plot_class_gain, plot_feature_map, plot_pairs, save_figure
+from .figures import method_diagram, plot_calibration, plot_class_gain, plot_feature_map, plot_gain, plot_pairs, save_figure
 from .latent_classifier import LabelledLatents
 from .metrics import (classification_metrics, gain_interval, holm, image_quality, near_copies, nearest_neighbours,
                                     summarise_methods, write_table)
@@ -236,11 +236,13 @@ def table_1(
     run:Run,
     folder:Path, # given by the decorator
 ):
-    "Write Table 1, the rows it comes from, and the tables of both ways of adapting and of what selection keeps."
+    "Write Table 1, its figure, the rows it comes from, and the tables of both ways of adapting and of what selection keeps."
     rows, n = gather(run, "table_1"), len(run.knobs.seeds)
     write_table(rows, run.results/"table_1_seeds", "Every method and seed, measured on the test split.")
     hits = read_hits([(s, r) for s, r in run.inputs("table_1") if s in ("augment", "compare")])
-    write_table(summarise_methods(rows, hits), run.results/"table_1",
+    table = summarise_methods(rows, hits)
+    save_figure(plot_gain(table), run.figures/"gain")
+    write_table(table, run.results/"table_1",
                 f"Test split of {run.dataset} at {run.label_fraction:.3g} of the labels, {n} seeds; gains over `real` and over "
                 "`standard_augmentation` (gain_std) with 95 % intervals over seeds and test patches, p-values after Holm.")
     runs = [r for s, r in run.inputs("table_1") if s == "augment"]
