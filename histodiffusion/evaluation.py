@@ -277,7 +277,7 @@ def stage_work(
     drawn, added, backbone = c.samples_per_class*len(labelled.classes), synthetic_counts(labelled, c.ratio).sum(), c.backbone_steps
     fine, told = c.finetune_steps*c.diffusion_batch, c.told_steps*c.diffusion_batch
     new, prior = 2*len(ratios_of(c)), c.prior_steps or c.diffusion_steps
-    instead = 5 + 2*len({c.ratio, ratios_of(c)[-1]})  # networks that compare trains
+    compared = 5 + 2*len({c.ratio, ratios_of(c)[-1]})  # networks
     return dict(
         pretraining_data=(0, c.pretrain_patches), autoencoder=(c.autoencoder_steps, c.autoencoder_steps*c.autoencoder_batch),
         diffusion=(prior, prior*c.diffusion_batch),
@@ -285,7 +285,7 @@ def stage_work(
         synthesize=(0, drawn + (drawn//4 if c.finetune_steps else 0)), real_only=(2*backbone, 2*backbone*c.backbone_batch),
         augment=(new*backbone, new*backbone*c.backbone_batch), referee=(c.referee_steps, c.referee_steps*c.backbone_batch),
         baselines=(c.gan_steps + 2*c.told_steps, 32*c.gan_steps + 2*told + 3*added),
-        compare=(instead*backbone, instead*backbone*c.backbone_batch), quality=(5*backbone, 5*backbone*c.backbone_batch))
+        compare=(compared*backbone, compared*backbone*c.backbone_batch), quality=(5*backbone, 5*backbone*c.backbone_batch))
 
 # %% ../nbs/library/24_evaluation.ipynb #fd9947f3
 @stage("table_3")
