@@ -88,6 +88,8 @@ def read_baseline(
     return s["images"].numpy(), s["labels"].numpy()
 
 # %% ../nbs/library/24_evaluation.ipynb #5c1e0a02
+def _instead_ratios(c): return sorted({c.ratio, ratios_of(c)[-1]})  # that of the baselines, and the largest
+
 def real_instead(
     run:Run,
     ratio:float, # real patches over labelled ones, > 0
@@ -125,7 +127,7 @@ def compare(
     "Test classifiers of other generators' patches, of real ones in their place, of colour alone, and of the packaged encoder."
     c = run.config
     methods = {(n, c.ratio): with_patches(run, read_baseline(run, n), desc=f"backbone ({n})") for n in GENERATORS}
-    for (name, known), ratio in product((("pseudo_labels", False), ("more_labels", True)), sorted({c.ratio, ratios_of(c)[-1]})):
+    for (name, known), ratio in product((("pseudo_labels", False), ("more_labels", True)), _instead_ratios(c)):
         if (extra := real_instead(run, ratio, known))[0] is not None:
             methods[name, ratio] = with_patches(run, extra, desc=f"backbone ({name}, {ratio:.0%})", targets="class" if known else None)
     methods |= {(f"colour_{kind}", 0.): _colour(run, kind) for kind in ("mean", "histogram")}
@@ -231,6 +233,7 @@ def read_hits(
             hits[row.method, row.ratio, row.label_fraction, row.seed] = p.argmax(1) == labels
     return hits
 
+# %% ../nbs/library/24_evaluation.ipynb #7a7bd509
 @stage("table_1")
 def table_1(
     run:Run,
@@ -277,7 +280,7 @@ def stage_work(
     drawn, added, backbone = c.samples_per_class*len(labelled.classes), synthetic_counts(labelled, c.ratio).sum(), c.backbone_steps
     fine, told = c.finetune_steps*c.diffusion_batch, c.told_steps*c.diffusion_batch
     new, prior = 2*len(ratios_of(c)), c.prior_steps or c.diffusion_steps
-    compared = 5 + 2*len({c.ratio, ratios_of(c)[-1]})  # networks
+    compared = 5 + 2*len(_instead_ratios(c))  # networks
     return dict(
         pretraining_data=(0, c.pretrain_patches), autoencoder=(c.autoencoder_steps, c.autoencoder_steps*c.autoencoder_batch),
         diffusion=(prior, prior*c.diffusion_batch),

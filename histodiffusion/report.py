@@ -30,11 +30,11 @@ def verdict(
     if np.isnan(row.gain_ci_low): return "Not known: one seed has no interval"
     return "Yes" if row.gain_ci_low > 0 else "No, it harms" if row.gain_ci_high < 0 else "Not shown: the interval holds zero"
 
-_BOUNDS = dict(pseudo_labels="unlabelled, named and selected in the same way, as a perfect generator would draw them,",
+_BOUNDS = dict(pseudo_labels="unlabelled, named and selected in the same way, as a perfect unlabelled prior would draw them,",
                more_labels="with their labels")
 
 def _bounds(table):
-    "What a better generator could give."
+    "What real tissue gives in the place of drawn tissue."
     rows = table[table.method.isin(_BOUNDS)]
     rows = rows[rows.ratio == rows.ratio.max()]
     if rows.empty: return []

@@ -142,7 +142,7 @@ def work(
         adapt=unet*(k.diffusion_batch*k.finetune_steps + k.classifier_batch*k.classifier_steps), synthesize=draw(1.25*new),
         real_only=3*training, select=10, augment=2*len({*k.ratios, k.ratio})*training,
         baselines=2*told + 2*draw(.6*patches*k.label_fraction*k.ratio) + .1*area*k.gan_steps,
-        compare=(3 + 2*len({k.ratio, max(k.ratios)}))*training + 10*training*area, quality=6*training,
+        compare=(3 + 2*len({k.ratio, max(k.ratio, *k.ratios)}))*training + 10*training*area, quality=6*training,
         referee=training*k.referee_steps/k.backbone_steps,
         sampling_grid=.8*unet*grid*k.ablation_per_class*classes, adaptation_grid=many)
     seconds |= _variants(k, seconds, draw(2*new))
