@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@# the exact versions in constraints.txt need Python 3.11; 3.10 takes the open ranges of pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check \
 		$$($(BIN)/python -c 'import sys; print("-c constraints.txt" * (sys.version_info >= (3, 11)))') -e ".[dev]"
-	@$(BIN)/python histodiffusion/_torchvision.py install
+	@$(BIN)/python tools/torchvision_hook.py install
 	@touch $@
 
 reproduce: setup  ## regenerate tables and figures; PROFILE=, DATASET=, CORES= and ARGS= are passed on

@@ -2,8 +2,8 @@
 #   snakemake --cores 2 --rerun-triggers mtime params --config profile=smoke dataset=phantom:target
 # A stage's folder is named by a hash of everything that it depends on, so a changed parameter makes new targets.
 
-from histodiffusion.reproduce import job_command, plan_from_config
-from histodiffusion.runs import RESULTS
+from histodiffusion.app.reproduce import job_command, plan_from_config
+from histodiffusion.study.stages import RESULTS
 
 JOBS = plan_from_config(config)
 COMMAND = job_command(config)

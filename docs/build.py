@@ -16,8 +16,10 @@ from readme import HIDDEN, ROOT, split_directives
 from sphinx.cmd.build import build_main
 
 from histodiffusion.core import read_json
-from histodiffusion.registry import REGISTRY
-from histodiffusion.runs import STAGES, Run, command_of
+from histodiffusion.data.catalogue import REGISTRY
+from histodiffusion.study.stages import STAGES
+from histodiffusion.study.run import Run
+from histodiffusion.study.artefacts import command_of
 
 NBS, OUT, SITE = ROOT / "nbs", ROOT / "_proc", ROOT / "_site"
 WEB = "https://github.com/histodiffusion/histodiffusion/blob/main"

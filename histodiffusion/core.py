@@ -4,24 +4,28 @@
 
 # %% auto #0
 __all__ = ['HistoDiffusionError', 'project_root', 'Settings', 'load_settings', 'hash_object', 'hash_file', 'derive_seed',
-           'seed_everything', 'keep_freed_memory', 'get_device', 'patches_at_once', 'machine', 'peak_memory',
-           'atomic_path', 'write_text', 'write_json', 'read_json', 'save_tensors', 'load_tensors', 'progress']
+           'seed_everything', 'keep_freed_memory', 'get_device', 'inference_batch_size', 'machine', 'peak_memory',
+           'atomic_path', 'write_text', 'write_json', 'read_json', 'save_tensors', 'load_tensors', 'progress',
+           'picture_html', 'card_html', 'write_table']
 
-# %% ../nbs/library/00_core.ipynb #51cbcbfa
-import configparser, contextlib, ctypes, hashlib, json, os, platform, random, re, shutil, sys, tempfile
+# %% ../nbs/library/00_core.ipynb #73e76151
+import base64, configparser, contextlib, ctypes, hashlib, html, io, json, os, platform, random, re, shutil, sys, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+from PIL import Image
 
+# %% ../nbs/library/00_core.ipynb #ddd7100a
 # Threads of OpenMP that wait by spinning bring a machine with few, busy cores to a crawl; set before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# %% ../nbs/library/00_core.ipynb #43f7fcc4
+# %% ../nbs/library/00_core.ipynb #a584caff
 class HistoDiffusionError(Exception):
     "Something that the user can put right; the message says what was wrong, where, and what to do."
 
-# %% ../nbs/library/00_core.ipynb #bc5c0e0a
+# %% ../nbs/library/00_core.ipynb #76bea35d
 def project_root(
     start=None, # folder to start from; None: the current one
 ) -> Path: # nearest folder upwards with a settings.ini, else `start`
@@ -29,7 +33,7 @@ def project_root(
     start = Path(start or Path.cwd()).resolve()
     return next((p for p in (start, *start.parents) if (p/"settings.ini").is_file()), start)
 
-# %% ../nbs/library/00_core.ipynb #0d48c981
+# %% ../nbs/library/00_core.ipynb #7c1ba440
 @dataclass(frozen=True)
 class Settings:
     "What an installation is set to; each value can be overridden by `HISTODIFFUSION_<KEY>`."
@@ -41,7 +45,7 @@ class Settings:
     profile: str # preset of scale
     tracker: str # accelerate's name of an experiment tracker, or 'none'
 
-# %% ../nbs/library/00_core.ipynb #c0739cc9
+# %% ../nbs/library/00_core.ipynb #1e479c59
 _DEFAULTS = dict(data_home="data", data_mirror="", results_path="results", figures_path="figures",
                  profile="smoke", tracker="none")
 
@@ -58,13 +62,14 @@ def load_settings(
     return Settings(root, path("data_home"), path("data_mirror") if value["data_mirror"] else None,
                     path("results_path"), path("figures_path"), value["profile"], value["tracker"])
 
-# %% ../nbs/library/00_core.ipynb #b252aa78
+# %% ../nbs/library/00_core.ipynb #115647fd
 def hash_object(
     obj, # anything that JSON can hold
 ) -> str: # 64 hexadecimal digits
     "SHA-256 of an object's canonical JSON."
     return hashlib.sha256(json.dumps(obj, sort_keys=True, separators=(",", ":"), default=str).encode()).hexdigest()
 
+# %% ../nbs/library/00_core.ipynb #82ccf3e0
 def hash_file(
     path, # a file
 ) -> str: # 64 hexadecimal digits
@@ -72,13 +77,14 @@ def hash_file(
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") \
         else hashlib.sha256(f.read()).hexdigest()
 
+# %% ../nbs/library/00_core.ipynb #055b41a3
 def derive_seed(
     *parts, # names and numbers that the seed depends on
 ) -> int: # in 0 .. 2**31 - 1
     "A seed from names and numbers, the same on every machine."
     return int(hash_object(list(parts))[:8], 16) % 2**31
 
-# %% ../nbs/library/00_core.ipynb #11013c9a
+# %% ../nbs/library/00_core.ipynb #2ae705a7
 def seed_everything(
     seed:int, # any integer >= 0
 ):
@@ -88,27 +94,28 @@ def seed_everything(
     np.random.seed(seed % 2**32)  # noqa: NPY002 - third-party augmentations draw from the global generator
     torch.manual_seed(seed)
 
-# %% ../nbs/library/00_core.ipynb #dd297459
+# %% ../nbs/library/00_core.ipynb #22cba10e
 def keep_freed_memory() -> bool: # whether the C library took the advice
     "Let glibc keep freed memory for the next training step, instead of returning it to the system."
     try: libc = ctypes.CDLL("libc.so.6")
     except OSError: return False
     return bool(libc.mallopt(-3, 1 << 30) and libc.mallopt(-1, 2**31 - 1))
 
+# %% ../nbs/library/00_core.ipynb #a56f23f8
 def get_device(): # torch.device
     "The fastest device here: CUDA, then Apple's MPS, then the CPU."
     import torch
     keep_freed_memory()
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/library/00_core.ipynb #6b1e0001
-def patches_at_once(
+# %% ../nbs/library/00_core.ipynb #d19fa450
+def inference_batch_size(
     n:int=64, # what a CPU takes
 ) -> int: # the same, or on a GPU eight times as many
     "How many samples go through a network at a time where nothing is learnt."
     return 8*n if get_device().type == "cuda" else n
 
-# %% ../nbs/library/00_core.ipynb #ff5d24bf
+# %% ../nbs/library/00_core.ipynb #9c4cdb6d
 def machine() -> dict: # cpu, cores, threads, device, system
     "Processor, cores and the device that torch used."
     info = Path("/proc/cpuinfo")
@@ -118,7 +125,7 @@ def machine() -> dict: # cpu, cores, threads, device, system
     return dict(cpu=names[0] if names else platform.processor() or platform.machine(), cores=os.cpu_count(),
                 threads=torch.get_num_threads() if torch else None, device=device, system=platform.system())
 
-# %% ../nbs/library/00_core.ipynb #9f778fc8
+# %% ../nbs/library/00_core.ipynb #c306e938
 def peak_memory(
     restart:bool=False, # begin a new record
 ) -> dict: # process and, with a GPU, device, MiB; None where the system does not tell
@@ -135,7 +142,7 @@ def peak_memory(
         else: most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**(20 if sys.platform == "darwin" else 10)
     return dict(process=most) | (dict(device=torch.cuda.max_memory_allocated()/2**20) if on_gpu else {})
 
-# %% ../nbs/library/00_core.ipynb #135d6f16
+# %% ../nbs/library/00_core.ipynb #adb7b825
 @contextlib.contextmanager
 def atomic_path(
     path, # the file or folder to write
@@ -150,7 +157,7 @@ def atomic_path(
         os.replace(holder/path.name, path)
     finally: shutil.rmtree(holder, ignore_errors=True)
 
-# %% ../nbs/library/00_core.ipynb #87008ff3
+# %% ../nbs/library/00_core.ipynb #9d437a6f
 def write_text(
     path, # file to write
     text:str, # its content
@@ -159,6 +166,7 @@ def write_text(
     with atomic_path(path) as p: p.write_text(text, encoding="utf-8")
     return Path(path)
 
+# %% ../nbs/library/00_core.ipynb #76b6ab8b
 def write_json(
     path, # file to write
     obj, # anything that JSON can hold; paths become strings
@@ -166,6 +174,7 @@ def write_json(
     "Write a JSON file, whole or not at all."
     return write_text(path, json.dumps(obj, indent=1, default=str) + "\n")
 
+# %% ../nbs/library/00_core.ipynb #b76a9a18
 def read_json(
     path, # file to read
 ):
@@ -173,7 +182,7 @@ def read_json(
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as e: raise HistoDiffusionError(f"{path} is not readable JSON ({e}): delete it and run again.") from e
 
-# %% ../nbs/library/00_core.ipynb #23bbab3c
+# %% ../nbs/library/00_core.ipynb #7c0ee426
 def save_tensors(
     path, # .safetensors file
     tensors:dict, # name -> torch tensor or numpy array
@@ -186,6 +195,7 @@ def save_tensors(
     with atomic_path(path) as p: save_file(tensors, p, metadata={k: str(v) for k, v in (metadata or {}).items()})
     return Path(path)
 
+# %% ../nbs/library/00_core.ipynb #1612df49
 def load_tensors(
     path, # .safetensors file
 ) -> dict: # name -> torch tensor on the CPU
@@ -196,13 +206,14 @@ def load_tensors(
     except (SafetensorError, OSError) as e:
         raise HistoDiffusionError(f"{path} cannot be read ({e}): delete it and run its stage again.") from e
 
-# %% ../nbs/library/00_core.ipynb #874cb492
+# %% ../nbs/library/00_core.ipynb #a08833e4
 class _Lines:
     "A file for tqdm that ends each refresh with a new line, for logs."
     def write(self, s):
         if s.strip("\r\n "): sys.stderr.write(s.strip("\r\n ") + "\n")
     def flush(self): sys.stderr.flush()
 
+# %% ../nbs/library/00_core.ipynb #6ba4a468
 def progress(
     iterable=None, # what to iterate over; None: a bar to update by hand
     total:int|None=None, # number of items; None: len(iterable)
@@ -219,3 +230,45 @@ def progress(
         return tqdm(iterable, file=_Lines(), mininterval=10, ascii=True, **{**kw, "dynamic_ncols": False, "ncols": 100})
     if "ipykernel" in sys.modules: from tqdm.auto import tqdm
     return tqdm(iterable, leave=False, **kw)
+
+# %% ../nbs/library/00_core.ipynb #0bc50f13
+def picture_html(
+    image:np.ndarray, # (H, W, C) uint8, C 1 or 3
+    side:int=64, # on the screen, px
+    style:str="", # CSS
+) -> str:
+    "A patch as an HTML image that holds its own pixels."
+    file = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="patch" width="{side}" height="{side}" style="image-rendering:pixelated;{style}" src="data:image/png;base64,{data}">'
+
+# %% ../nbs/library/00_core.ipynb #aba08e9e
+def card_html(
+    title:str,
+    facts:dict, # name -> value
+    images=(), # patches, (H, W, C) uint8
+) -> str:
+    "A small summary with thumbnails, for the last line of a cell."
+    rows = "".join(f"<tr><td style='text-align:left'>{html.escape(k)}</td><td style='text-align:left'>{html.escape(str(v))}</td></tr>"
+                   for k, v in facts.items())
+    return (f"<div style='border:1px solid #8888;border-radius:6px;padding:.5em .8em;display:inline-block'><b>{html.escape(title)}</b>"
+            f"<table>{rows}</table>{' '.join(map(picture_html, images))}</div>")
+
+# %% ../nbs/library/00_core.ipynb #bf90172e
+def write_table(
+    frame:pd.DataFrame, # the table
+    path_without_suffix, # where; .csv and .md are added
+    caption:str="", # sentence above the Markdown table
+) -> tuple: # paths of the CSV and of the Markdown file
+    "Write a table as CSV and Markdown, each whole or not at all."
+    base = Path(path_without_suffix)
+    csv, md = base.with_name(base.name + ".csv"), base.with_name(base.name + ".md")
+    with atomic_path(csv) as p: frame.to_csv(p, index=False, lineterminator="\n")
+    def shown(v): return str(v).replace("|", "\\|") if not isinstance(v, float) else "–" if np.isnan(v) else f"{v:.4g}"
+    rows = [[shown(v) for v in row] for row in frame.itertuples(index=False)]
+    numeric = [pd.api.types.is_numeric_dtype(t) for t in frame.dtypes]
+    rule = "|" + "|".join(" ---: " if n else " --- " for n in numeric) + "|"
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (frame.columns, *rows)]
+    lines.insert(1, rule)
+    return csv, write_text(md, (f"{caption}\n\n" if caption else "") + "\n".join(lines) + "\n")

@@ -7,13 +7,16 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from histodiffusion import audit
-from histodiffusion.audit import audit_pair, audit_set, find_overlap, leakage, may_show, scan_set
-from histodiffusion.cli import main
+from histodiffusion.data import copies as audit
+from histodiffusion.data.copies import audit_pair, audit_set, find_overlap, scan_set
+from histodiffusion.data.leakage import leakage
+from histodiffusion.data.catalogue import may_show
+from histodiffusion.app.cli import main
 from histodiffusion.core import HistoDiffusionError, load_settings
-from histodiffusion.datasets import load_patches, split_patches
-from histodiffusion.phantom import phantom_patches
-from histodiffusion.runs import Run, check_leakage
+from histodiffusion.data.patches import load_patches, split_patches
+from histodiffusion.data.phantom import phantom_patches
+from histodiffusion.study.run import Run
+from histodiffusion.study.artefacts import check_leakage
 
 mirror = load_settings().data_mirror
 needs_mirror = pytest.mark.skipif(
@@ -182,7 +185,7 @@ def test_leaking_target_is_refused_unless_allowed(tmp_path, target, tissue, caps
 
 
 def test_repeated_images_can_be_left_out_of_the_pool(tmp_path, target, tissue, capsys):
-    from histodiffusion.stages import pretraining_data
+    from histodiffusion.study.steps import pretraining_data
 
     patches = load_patches(f"folder:{target}")
     train = {patches.keys[i] for i in split_patches(patches.keys)["train"]}
@@ -221,7 +224,7 @@ def test_stage_asks_before_the_pool_is_cut_and_the_command_line_says_it(tmp_path
 
 
 def test_pool_made_for_one_target_is_still_checked_for_the_next(tmp_path, target, tissue):
-    from histodiffusion.stages import autoencoder, pretraining_data
+    from histodiffusion.study.steps import autoencoder, pretraining_data
 
     other = archive(tmp_path, {str(i): im for i, im in enumerate(tissue)})
     small = dict(image_size=32, pretrain_patches=20)

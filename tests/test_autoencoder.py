@@ -3,27 +3,14 @@ import numpy as np
 import pytest
 import torch
 
-from histodiffusion import stages
-from histodiffusion.autoencoder import (
-    AdversarialLoss,
-    AutoencoderLoss,
-    build_autoencoder,
-    encode_patches,
-    fold_deviation,
-    marginal_divergence,
-    psnr,
-    reconstruct,
-    reconstruction_quality,
-    ssim,
-    stain_drift,
-    train_autoencoder,
-)
+from histodiffusion.study import steps as stages
+from histodiffusion.models.autoencoder import AdversarialLoss, AutoencoderLoss, build_autoencoder, encode_patches, fold_deviation, marginal_divergence, psnr, reconstruct, reconstruction_quality, ssim, stain_drift, train_autoencoder
 from histodiffusion.core import HistoDiffusionError, load_tensors
-from histodiffusion.datasets import to_grey
-from histodiffusion.packed import images_to_tensor
-from histodiffusion.phantom import phantom_patches
-from histodiffusion.runs import Run
-from histodiffusion.training import FitConfig
+from histodiffusion.data.patches import to_grey
+from histodiffusion.data.packed import images_to_tensor
+from histodiffusion.data.phantom import phantom_patches
+from histodiffusion.study.run import Run
+from histodiffusion.models.training import FitConfig
 
 SIZES = dict(widths=(16, 32), latent_channels=4, layers=1)
 
@@ -40,13 +27,13 @@ def network():
     return build_autoencoder(3, **SIZES).eval()
 
 
-def short(steps, **knobs):
-    return FitConfig(steps, 1e-3, log_every=1, **knobs)
+def short(steps, **settings):
+    return FitConfig(steps, 1e-3, log_every=1, **settings)
 
 
-def train(images, steps=10, folder=None, **knobs):
+def train(images, steps=10, folder=None, **settings):
     return train_autoencoder(images, **SIZES, loss=dict(batch=2, crop=16, perceptual="none"), folder=folder,
-                             config=short(steps, checkpoint_seconds=0), **knobs)
+                             config=short(steps, checkpoint_seconds=0), **settings)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

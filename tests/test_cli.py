@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from histodiffusion import __version__
-from histodiffusion.cli import COMMANDS, main
-from histodiffusion.runs import STAGES
+from histodiffusion.app.cli import COMMANDS, main
+from histodiffusion.study.stages import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -91,8 +91,8 @@ def test_version(capsys):
 
 
 def test_data_list_names_every_set(capsys):
-    from histodiffusion.datasets import REGISTRY
-    from histodiffusion.phantom import LABORATORIES
+    from histodiffusion.data.catalogue import REGISTRY
+    from histodiffusion.data.phantom import LABORATORIES
 
     assert main(["data", "list"]) == 0
     said = capsys.readouterr().out
@@ -103,13 +103,13 @@ def test_interrupt_says_that_the_run_resumes(capsys, monkeypatch):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("histodiffusion.cli.run_command", interrupted)
+    monkeypatch.setattr("histodiffusion.app.cli.run_command", interrupted)
     assert main(["reproduce"]) == 130
     assert "goes on where this one stopped" in capsys.readouterr().err
 
 
 def test_module_runs_as_a_command():
-    words = [sys.executable, "-m", "histodiffusion.cli", "adapt", "--profile", "tiny"]
+    words = [sys.executable, "-m", "histodiffusion.app.cli", "adapt", "--profile", "tiny"]
     said = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     assert said.returncode == 2
     assert said.stderr.startswith("histodiffusion: Unknown profile 'tiny'") and said.stdout == ""

@@ -6,10 +6,10 @@ import sys
 
 import torch
 
-from histodiffusion.autoencoder import build_autoencoder
-from histodiffusion.diffusion import build_unet
-from histodiffusion.latent_classifier import LatentClassifier
-from histodiffusion.sampling import save_pipeline
+from histodiffusion.models.autoencoder import build_autoencoder
+from histodiffusion.models.diffusion import build_unet
+from histodiffusion.models.latent_classifier import LatentClassifier
+from histodiffusion.models.sampling import save_pipeline
 
 PLAIN = """
 import json, sys, torch

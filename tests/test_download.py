@@ -22,29 +22,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from histodiffusion import download, registry
-from histodiffusion.cli import main
+from histodiffusion.data import download
+from histodiffusion.data import catalogue as registry
+from histodiffusion.app.cli import main
 from histodiffusion.core import HistoDiffusionError, load_settings
-from histodiffusion.datasets import dataset_fingerprint, load_patches, read_image
-from histodiffusion.download import (
-    UnfinishedError,
-    check_file,
-    download_file,
-    read_h5,
-    read_ledger,
-    unpack_archive,
-)
-from histodiffusion.phantom import PHANTOM_CLASSES, phantom_patches
-from histodiffusion.registry import (
-    REGISTRY,
-    RemoteFile,
-    dataset_folder,
-    describe_dataset,
-    fetch_dataset,
-    list_datasets,
-    read_patchcamelyon,
-    verify_dataset,
-)
+from histodiffusion.data.patches import dataset_fingerprint, load_patches, read_image
+from histodiffusion.data.archives import UnfinishedError, unpack_archive
+from histodiffusion.data.download import check_file, download_file, read_ledger
+from histodiffusion.data.packed import read_h5
+from histodiffusion.data.phantom import PHANTOM_CLASSES, phantom_patches
+from histodiffusion.data.catalogue import REGISTRY, RemoteFile
+from histodiffusion.data.patches import dataset_folder, read_patchcamelyon
+from histodiffusion.data.fetch import describe_dataset, fetch_dataset, list_datasets, verify_dataset
 
 MIRROR = load_settings().data_mirror
 BODY = random.Random(0).randbytes(600_000)

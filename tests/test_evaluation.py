@@ -5,12 +5,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from histodiffusion import ablations, evaluation, stages
-from histodiffusion.figures import figure_2
-from histodiffusion.metrics import classification_metrics, nearest_neighbours
-from histodiffusion.phantom import phantom_patches
-from histodiffusion.reproduce import plan
-from histodiffusion.runs import STAGES, Run, stage_folder
+from histodiffusion.study import ablate as ablations
+from histodiffusion.study import compare as evaluation
+from histodiffusion.study import steps as stages
+from histodiffusion.measure.figures import figure_2
+from histodiffusion.measure.statistics import classification_metrics
+from histodiffusion.measure.image_metrics import nearest_neighbours
+from histodiffusion.data.phantom import phantom_patches
+from histodiffusion.app.reproduce import plan
+from histodiffusion.study.stages import STAGES
+from histodiffusion.study.run import Run
+from histodiffusion.study.artefacts import stage_folder
 
 
 @pytest.fixture

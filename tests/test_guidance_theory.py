@@ -13,25 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from histodiffusion.diffusion import noise_schedule
-from histodiffusion.sampling import (
-    SCHEDULERS,
-    Autoguidance,
-    ClassifierFreeGuidance,
-    ClassifierGuidance,
-    Guidance,
-    Rejection,
-    alpha_bar_at,
-    calibrate_rejection,
-    class_gradient,
-    cosine_scale,
-    draw_latents,
-    guided_noise,
-    guided_sample,
-    make_scheduler,
-    set_steps,
-)
-from histodiffusion.theory import GaussianMixture, MixtureClassifier
+from histodiffusion.models.diffusion import noise_schedule
+from histodiffusion.models.sampling import SCHEDULERS, Rejection, alpha_bar_at, calibrate_rejection, draw_latents, guided_sample, make_scheduler, set_steps
+from histodiffusion.models.guidance import Autoguidance, ClassifierFreeGuidance, ClassifierGuidance, Guidance, class_gradient, cosine_scale, guided_noise
+from histodiffusion.models.mixture import GaussianMixture, MixtureClassifier
 
 CASES = [("ddim", 0.0), ("ddim", 1.0), *((name, 0.0) for name in SCHEDULERS if name != "ddim")]
 KINDS = ("epsilon", "v_prediction")
@@ -87,9 +72,9 @@ def deviations(guidance, name, eta, kind="epsilon", steps=STEPS, per_class=1300,
 class Faulty(Guidance):
     "Guidance at scale 1 with one fault."
 
-    def __init__(self, judge, fault, times):
+    def __init__(self, teacher, fault, times):
         super().__init__()
-        self.judge, self.fault, self.times = judge, fault, list(dict.fromkeys(float(t) for t in times))
+        self.teacher, self.fault, self.times = judge, fault, list(dict.fromkeys(float(t) for t in times))
 
     def __call__(self, unet, x, t, labels, alpha_bar, kind):
         out, _ = super().__call__(unet, x, t, labels, alpha_bar, kind)
@@ -98,7 +83,7 @@ class Faulty(Guidance):
             asked = self.times[min(self.times.index(float(t)) + 1, len(self.times) - 1)]
         if self.fault == "next time":
             asked = max(float(t) - 1, 0)
-        gradient, p = class_gradient(self.judge, x, asked, labels)
+        gradient, p = class_gradient(self.teacher, x, asked, labels)
         if self.fault == "wrong sign":
             gradient = -gradient
         if self.fault == "no root":
@@ -178,9 +163,9 @@ def test_classifier_free_guidance_is_guidance_by_the_network_s_own_classifier(sc
 
 def test_no_classifier_is_asked_outside_the_interval():
     asked = []
-    judge = MixtureClassifier(world())
+    teacher = MixtureClassifier(world())
     judge.register_forward_hook(lambda m, args, out: asked.append(float(args[1])))
-    guided_sample(world(), make_scheduler("ddim"), [0, 1], ClassifierGuidance(judge, cosine_scale(3.0), interval=(200, 600)), 50)
+    guided_sample(world(), make_scheduler("ddim"), [0, 1], ClassifierGuidance(teacher, cosine_scale(3.0), interval=(200, 600)), 50)
     assert asked and min(asked) >= 200 and max(asked) < 600 and len(asked) == 20
 
 

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from histodiffusion.audit import leakage, split_groups
-from histodiffusion.cli import main
+from histodiffusion.data.leakage import leakage, split_groups
+from histodiffusion.app.cli import main
 from histodiffusion.core import HistoDiffusionError
-from histodiffusion.datasets import dataset_fingerprint, load_patches, packed_dataset, split_patches, unlabelled_pool
-from histodiffusion.phantom import phantom_patches
+from histodiffusion.data.patches import dataset_fingerprint, load_patches, packed_dataset, split_patches
+from histodiffusion.data.pool import unlabelled_pool
+from histodiffusion.data.phantom import phantom_patches
 
 
 @pytest.fixture
@@ -119,8 +120,8 @@ def test_command_line_exports_nothing_before_there_is_something(home, capsys):
 
 
 def test_stain_knob_changes_colour_patches_and_refuses_grey_ones(home):
-    from histodiffusion import stages
-    from histodiffusion.runs import Run
+    from histodiffusion.study import steps as stages
+    from histodiffusion.study.run import Run
 
     def patches(**overrides):
         run = Run("smoke", "phantom:target:90", ["phantom:kyoto:45"], overrides=overrides)

@@ -15,18 +15,19 @@ import pytest
 import torch
 from sklearn.metrics import f1_score
 
-import histodiffusion.ablations as ablations
-import histodiffusion.stages as stages
-from histodiffusion.autoencoder import build_autoencoder, decode_latents, encode_patches, fold_deviation
-from histodiffusion.backbone import train_backbone
-from histodiffusion.diffusion import DiffusionLoss, LatentSampler, build_unet, noise_schedule
-from histodiffusion.latent_classifier import ClassifierLoss, LabelledLatents, LatentClassifier
-from histodiffusion.metrics import SEED_COLUMNS, TABLE_COLUMNS, classification_metrics, summarise_methods
-from histodiffusion.phantom import phantom_patches
-from histodiffusion.runs import STAGES, upstream_of
-from histodiffusion.sampling import ClassifierGuidance, guided_sample, make_scheduler, save_pipeline, set_steps
-from histodiffusion.selection import class_centroids
-from histodiffusion.training import FitConfig, ema_decay, fit
+import histodiffusion.study.ablate as ablations
+import histodiffusion.study.steps as stages
+from histodiffusion.models.autoencoder import build_autoencoder, decode_latents, encode_patches, fold_deviation
+from histodiffusion.models.backbone import train_backbone
+from histodiffusion.models.diffusion import DiffusionLoss, LatentSampler, build_unet, noise_schedule
+from histodiffusion.models.latent_classifier import ClassifierLoss, LabelledLatents, LatentClassifier
+from histodiffusion.measure.statistics import SEED_COLUMNS, TABLE_COLUMNS, classification_metrics, summarise_methods
+from histodiffusion.data.phantom import phantom_patches
+from histodiffusion.study.stages import STAGES, upstream_of
+from histodiffusion.models.guidance import ClassifierGuidance
+from histodiffusion.models.sampling import guided_sample, make_scheduler, save_pipeline, set_steps
+from histodiffusion.measure.selection import class_centroids
+from histodiffusion.models.training import FitConfig, ema_decay, fit
 
 ROOT = Path(__file__).resolve().parent.parent
 ABAR = np.cumprod(1 - np.linspace(0.0015, 0.0155, 1000))
@@ -81,16 +82,16 @@ def test_classifier_sees_the_noise_level():
     torch.manual_seed(0)
     judge, asked = LatentClassifier(2, 8, widths=(16, 32), attention=(False, False)).eval(), []
     z = torch.randn(4, 4, 8, 8)
-    assert not torch.allclose(judge(z, 0), judge(z, 800), atol=1e-4)
+    assert not torch.allclose(judge(z, 0), teacher(z, 800), atol=1e-4)
     judge.register_forward_hook(lambda m, args, out: asked.append((args[0].detach(), torch.as_tensor(args[1]).float())))
     unet = build_unet(8, widths=(16, 32), attention=(False, False))
-    guided_sample(unet, make_scheduler("ddim"), [0, 1], ClassifierGuidance(judge, 1.0), steps=5)
+    guided_sample(unet, make_scheduler("ddim"), [0, 1], ClassifierGuidance(teacher, 1.0), steps=5)
     assert [float(t) for _, t in asked] == [999, 799, 599, 399, 199]
     asked.clear()
     judge.body.register_forward_hook(lambda m, args, out: asked.append((args[0].detach(), args[1].float())))
     nothing = torch.zeros(8, 4, 8, 8)
     latents = LabelledLatents.__new__(LabelledLatents).fill(nothing, np.arange(8) % 2)
-    ClassifierLoss(latents, noise_schedule(), 400)(judge, torch.Generator().manual_seed(0))
+    ClassifierLoss(latents, noise_schedule(), 400)(teacher, torch.Generator().manual_seed(0))
     seen, t = asked[0]
     assert t.min() < 30 and t.max() > 970 and t.unique().numel() > 200
     assert np.allclose(seen.std((1, 2, 3)).numpy(), (1 - ABAR[t.long().numpy()]) ** 0.5, rtol=0.3)  # 256 values: 4.4 % each
@@ -207,8 +208,8 @@ def test_no_hard_coded_paths_or_gpu_ids():
     for bad in ('"/home/me/x"', "'/mnt/data'", '"cuda:0"', "device_ids=[0, 1]", 'environ["CUDA_VISIBLE_DEVICES"]'):
         assert HARD_CODED.search(bad), bad
     files = [f for f in (ROOT / "histodiffusion").rglob("*.py") if f.name != "_modidx.py"]
-    hits = [f"{f.name}: {line.strip()}" for f in files for line in f.read_text(encoding="utf-8").splitlines() if HARD_CODED.search(line)]
-    assert len(files) > 15 and not hits
+    correct = [f"{f.name}: {line.strip()}" for f in files for line in f.read_text(encoding="utf-8").splitlines() if HARD_CODED.search(line)]
+    assert len(files) > 15 and not correct
 
 
 def test_every_result_has_seed_and_interval():

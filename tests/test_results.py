@@ -7,9 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from histodiffusion.profiles import PROFILES
-from histodiffusion.report import _help
-from histodiffusion.runs import STAGES
+from histodiffusion.study.profiles import PROFILES
+from histodiffusion.study.report import _help
+from histodiffusion.study.stages import STAGES
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 SETS = sorted(p.parent for p in RESULTS.glob("*/*/table_1.csv") if p.parts[-3] != "smoke")

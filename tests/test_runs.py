@@ -13,21 +13,11 @@ import nbformat
 import pytest
 
 from histodiffusion.core import HistoDiffusionError, read_json
-from histodiffusion.profiles import PROFILES, Profile, get_profile
-from histodiffusion.reproduce import estimate, plan
-from histodiffusion.runs import (
-    MADE_BY,
-    RESULTS,
-    STAGES,
-    Run,
-    forget,
-    inside,
-    provenance_path,
-    stage,
-    stage_fields,
-    stage_folder,
-    upstream_of,
-)
+from histodiffusion.study.profiles import PROFILES, Profile, get_profile
+from histodiffusion.app.reproduce import estimate, plan
+from histodiffusion.study.artefacts import MADE_BY, forget, inside, stage, stage_folder
+from histodiffusion.study.stages import RESULTS, STAGES, stage_settings, upstream_of
+from histodiffusion.study.run import Run, provenance_path
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ("pretraining_data", "autoencoder", "diffusion")
@@ -78,8 +68,8 @@ def test_guidance_scale_changes_synthesis_but_not_adaptation(project):
 def test_every_knob_changes_the_stages_that_list_it_and_no_earlier_one(project):
     texts = {"prediction": "v_prediction", "classifier_mode": "clean", "selection_rule": "random", "precision": "bf16",
              "scheduler": "ddpm", "backbone": "resnet18", "stain": "macenko", "perceptual": "lpips",
-             "finetune_mode": "lora", "finetune_data": "training", "referee": "resnet18", "judge": "resnet18",
-             "synthetic_targets": "judge"}  # fmt: skip
+             "finetune_mode": "lora", "finetune_data": "training", "oracle": "resnet18", "teacher": "resnet18",
+             "synthetic_targets": "teacher"}  # fmt: skip
     special = {
         "autoencoder_crop": 16,
         "image_size": 128,
@@ -92,15 +82,15 @@ def test_every_knob_changes_the_stages_that_list_it_and_no_earlier_one(project):
         "guidance_interval": (0, 900),
         "start_time": 400,
     }
-    for name, old in Profile().knobs().items():
+    for name, old in Profile().settings().items():
         if name in ("label_fraction", "prior", "prior_part", "prior_steps"):  # see test_weights.py for priors
             continue
         like = {float: lambda v: v / 2, int: lambda v: v + 1, tuple: lambda v: tuple(2 * n for n in v)}
         value = texts.get(name) or special.get(name) or like[type(old)](old)
-        expected = [s for s in STAGES if name in stage_fields(s)]
+        expected = [s for s in STAGES if name in stage_settings(s)]
         if name == "seeds":
             first = {s for s in STAGES if STAGES[s].seeds == "first"}
-            expected = [s for s in STAGES if name in stage_fields(s) or first & set(upstream_of(s))]
+            expected = [s for s in STAGES if name in stage_settings(s) or first & set(upstream_of(s))]
         assert changed(overrides={name: value}) == expected, name
 
 
@@ -154,7 +144,7 @@ def test_presets_are_valid():
             run = Run(name, dataset, wanted.sets or None, overrides=wanted.overrides)
             methods = {m.split("@")[0] for m in wanted.accuracy}
             ratios = {float(m.split("@")[1]) for m in wanted.accuracy} - {0}
-            assert methods <= {"real", "histodiffusion_selected"} and ratios <= {*run.knobs.ratios, run.knobs.ratio}
+            assert methods <= {"real", "histodiffusion_selected"} and ratios <= {*run.settings.ratios, run.settings.ratio}
             assert all(0 < value < 1 and 0 < tolerance < 0.1 for value, tolerance in wanted.accuracy.values())
 
 
@@ -166,8 +156,8 @@ def test_stage_cannot_read_a_knob_outside_its_key(project):
 
 
 def test_every_stage_has_a_function_and_a_notebook():
-    import histodiffusion.ablations
-    import histodiffusion.report  # noqa: F401 - every stage
+    import histodiffusion.study.ablate
+    import histodiffusion.study.report  # noqa: F401 - every stage
 
     assert {s: f.stage for s, f in MADE_BY.items()} == {s: s for s in STAGES}
     for s in STAGES.values():
@@ -191,7 +181,7 @@ def test_stage_is_made_once_and_names_what_is_missing(project):
     with pytest.raises(HistoDiffusionError, match="'histodiffusion pretrain --profile smoke"):
         autoencoder(run)
     assert pool(run) == pool(run)
-    assert made == [run.knobs.pretrain_patches]
+    assert made == [run.settings.pretrain_patches]
 
 
 def test_failed_stage_keeps_its_files_and_its_time(project):
@@ -241,7 +231,7 @@ def test_estimate_learns_from_what_was_measured(project):
 
 
 def test_planning_does_not_import_torch(project):
-    code = ("import sys; import histodiffusion.cli as c; c.main(['reproduce', '--dry-run']);"
+    code = ("import sys; import histodiffusion.app.cli as c; c.main(['reproduce', '--dry-run']);"
             "print([m for m in ('torch', 'diffusers', 'timm') if m in sys.modules])")  # fmt: skip
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert said.stdout.splitlines()[-1] == "[]", said.stderr
@@ -270,7 +260,7 @@ def test_workflow_reruns_only_what_a_parameter_touches(project):
                 "--forcerun", "table_1", "figure_2")  # fmt: skip
     rules = set(re.findall(r"^rule (\w+):", said.stdout + said.stderr, re.MULTILINE)) - {"all"}
     seeds = get_profile("smoke").seeds
-    touched = [s for s in STAGES if "selection_threshold" in stage_fields(s)]
+    touched = [s for s in STAGES if "selection_threshold" in stage_settings(s)]
     assert "baselines" not in touched and "synthesize" not in touched
     assert rules == {name for s in touched for name in ([f"{s}_{n}" for n in seeds] if STAGES[s].per_seed else [s])}
 
@@ -279,7 +269,7 @@ def test_second_reproduce_does_nothing_and_is_quick(project):
     complete(Run("smoke"))
     before = {p: p.stat().st_mtime_ns for p in project.rglob("*")}
     start = time.time()
-    said = call("histodiffusion.cli", "reproduce")
+    said = call("histodiffusion.app.cli", "reproduce")
     assert said.returncode == 0, said.stderr
     assert said.stdout.startswith("Nothing to do: all ")
     assert time.time() - start < 10
@@ -301,7 +291,7 @@ def test_failed_notebook_is_one_line_and_an_exit_code(project, body, code, sente
     for name in ("pretraining_data", "target_data"):
         nb = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
         nbformat.write(nb, folder / f"{name}.ipynb")
-    said = call("histodiffusion.cli", "reproduce", "--cores", "1")
+    said = call("histodiffusion.app.cli", "reproduce", "--cores", "1")
     assert said.returncode == code
     assert sentence in said.stdout
     assert "Traceback" not in said.stdout + said.stderr

@@ -12,28 +12,11 @@ from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from histodiffusion.core import HistoDiffusionError
-from histodiffusion.figures import figure_2, save_figure
-from histodiffusion.metrics import (
-    TABLE_COLUMNS,
-    classification_metrics,
-    frechet_distance,
-    gain_interval,
-    holm,
-    mcnemar,
-    near_copies,
-    paired_interval,
-    summarise_methods,
-    write_table,
-)
-from histodiffusion.selection import (
-    RULES,
-    centroid_rule,
-    class_centroids,
-    class_spacing,
-    select_patches,
-    selection_report,
-    unit_features,
-)
+from histodiffusion.measure.figures import figure_2, save_figure
+from histodiffusion.measure.statistics import TABLE_COLUMNS, classification_metrics, gain_interval, holm, mcnemar, paired_interval, summarise_methods
+from histodiffusion.measure.image_metrics import frechet_distance, near_copies
+from histodiffusion.core import write_table
+from histodiffusion.measure.selection import RULES, centroid_rule, class_centroids, class_spacing, select_patches, selection_report, unit_features
 
 
 def clouds(n, classes=4, dim=8, seed=0, spread=.4):
@@ -212,7 +195,7 @@ def test_the_interval_holds_the_mean_and_is_symmetric(differences):
     assert low <= mean <= high and high - mean == pytest.approx(mean - low, abs=1e-9)
 
 
-def hits(rng, gain, seeds=5, patches=300, of_seeds=.02, of_patches=.3):
+def correct(rng, gain, seeds=5, patches=300, of_seeds=.02, of_patches=.3):
     "Hits of two methods whose difference varies with seed, patch and both."
     d = gain + of_seeds*rng.normal(size=(seeds, 1)) + of_patches*rng.normal(size=patches)
     return d + .3*rng.normal(size=(seeds, patches)), np.zeros((seeds, patches))
@@ -221,7 +204,7 @@ def hits(rng, gain, seeds=5, patches=300, of_seeds=.02, of_patches=.3):
 def test_the_interval_of_a_gain_covers_seeds_and_patches():
     rng = np.random.default_rng(0)
     for truth in (0., .06):
-        found = [gain_interval(*hits(rng, truth)) for _ in range(500)]
+        found = [gain_interval(*correct(rng, truth)) for _ in range(500)]
         assert .92 <= np.mean([low <= truth <= high for _, low, high, _ in found]) <= .985
         rejected = np.mean([p < .05 for *_, p in found])
         assert rejected < .08 if truth == 0 else rejected > .4
@@ -240,7 +223,7 @@ def test_the_gain_of_one_patch_per_seed_is_the_paired_t_test():
 
 def test_the_bootstrap_of_seeds_agrees_where_patches_are_many():
     rng = np.random.default_rng(2)
-    a, b = hits(rng, .02, seeds=30, patches=3000, of_seeds=.05, of_patches=0.)
+    a, b = correct(rng, .02, seeds=30, patches=3000, of_seeds=.05, of_patches=0.)
     mean, low, high, _ = gain_interval(a, b)
     expected = stats.bootstrap(((a - b).mean(1),), np.mean, method="percentile", rng=rng, n_resamples=4000).confidence_interval
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=.1*(high - low))

@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 
 from histodiffusion.core import HistoDiffusionError, load_settings
-from histodiffusion.datasets import load_patches, split_patches
-from histodiffusion.phantom import phantom_patches
+from histodiffusion.data.patches import load_patches, split_patches
+from histodiffusion.data.phantom import phantom_patches
 
 pytest.importorskip("openslide", reason="needs openslide-python and openslide-bin: install the extra 'slides'")
 tifffile = pytest.importorskip("tifffile", reason="needs tifffile, which is in the extra 'dev'")
-from histodiffusion import slides  # noqa: E402
-from histodiffusion.slides import open_slide, read_patch, tile_grid, tile_slides  # noqa: E402
+from histodiffusion.data import slides
+from histodiffusion.data.slides import open_slide, read_patch, tile_grid, tile_slides
 
 mirror = load_settings().data_mirror
 needs_mirror = pytest.mark.skipif(

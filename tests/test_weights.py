@@ -6,13 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from histodiffusion.audit import may_show
+from histodiffusion.data.catalogue import may_show
 from histodiffusion.core import HistoDiffusionError, hash_file, read_json
-from histodiffusion.reproduce import plan
-from histodiffusion.runs import PRIOR_STAGES, STAGES, Run, forget, upstream_of
-from histodiffusion.sampling import load_pipeline
-from histodiffusion.sharing import load_prior
-from histodiffusion.stages import diffusion, pretraining_data
+from histodiffusion.app.reproduce import plan
+from histodiffusion.study.prior import PRIOR_STAGES
+from histodiffusion.study.stages import STAGES, upstream_of
+from histodiffusion.study.run import Run
+from histodiffusion.study.artefacts import forget
+from histodiffusion.models.sampling import load_pipeline
+from histodiffusion.app.share import load_prior
+from histodiffusion.study.steps import diffusion, pretraining_data
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "results" / "weights"
 NAMES = sorted(p.parent.name for p in WEIGHTS.glob("*/README.md"))
@@ -56,9 +59,9 @@ def test_a_run_that_starts_from_published_weights_cannot_remove_them(name, tmp_p
         Run("small", "phantom:target", ["phantom:kyoto"], overrides={"prior": name})
 
 
-def start_from(name, pretrain_sets=("phantom:kyoto:60",), **knobs):
-    knobs = dict(prior=name, pretrain_patches=40, diffusion_batch=4, diffusion_lr=1e-6) | knobs
-    return Run("small", "phantom:target", pretrain_sets, overrides=knobs)
+def start_from(name, pretrain_sets=("phantom:kyoto:60",), **settings):
+    settings = dict(prior=name, pretrain_patches=40, diffusion_batch=4, diffusion_lr=1e-6) | settings
+    return Run("small", "phantom:target", pretrain_sets, overrides=settings)
 
 
 def distance(a, b):
@@ -69,9 +72,9 @@ def distance(a, b):
 def test_a_published_prior_learns_on(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HISTODIFFUSION_RESULTS_PATH", str(tmp_path))
     published, nets = load_prior(name).unet, {}
-    for key, knobs in dict(further={"prior_steps": 2}, fresh={"prior_part": "autoencoder", "prior_steps": 2},
+    for key, settings in dict(further={"prior_steps": 2}, fresh={"prior_part": "autoencoder", "prior_steps": 2},
                            none={"prior_part": "autoencoder"}).items():  # fmt: skip
-        run = start_from(name, **knobs)
+        run = start_from(name, **settings)
         pretraining_data(run)
         diffusion(run)
         assert WEIGHTS not in run.folder("diffusion").parents and run.done("autoencoder")
@@ -84,13 +87,13 @@ def test_a_published_prior_learns_on(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prior_that_learns_on_may_learn_to_tell_v(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HISTODIFFUSION_RESULTS_PATH", str(tmp_path))
-    own = read_json(WEIGHTS / name / "diffusion" / "provenance.json")["knobs"]["prediction"]
+    own = read_json(WEIGHTS / name / "diffusion" / "provenance.json")["settings"]["prediction"]
     other = {"epsilon": "v_prediction", "v_prediction": "epsilon"}[own]
-    assert start_from(name, prior_steps=2).knobs.prediction == own
+    assert start_from(name, prior_steps=2).settings.prediction == own
     run = start_from(name, prior_steps=1, prediction=other, min_snr_gamma=0)
     pretraining_data(run)
     diffusion(run)
-    assert load_pipeline(run.folder("diffusion") / "model")[1] and run.knobs.prediction == other
+    assert load_pipeline(run.folder("diffusion") / "model")[1] and run.settings.prediction == other
     told = read_json(run.folder("diffusion") / "model" / "scheduler" / "scheduler_config.json")["prediction_type"]
     assert told == other
     with pytest.raises(HistoDiffusionError, match="was made with prediction"):
@@ -101,16 +104,16 @@ def test_a_prior_that_learns_on_may_learn_to_tell_v(name, tmp_path, monkeypatch)
 def test_only_what_follows_the_prior_depends_on_how_it_learns_on(name):
     as_it_is = Run("small", "phantom:target", overrides={"prior": name})
     follows = [s for s in STAGES if "diffusion" in upstream_of(s)]
-    for knobs in ({"prior_steps": 2}, {"prior_steps": 3}, {"prior_part": "autoencoder"}):
-        run = start_from(name, **knobs)
+    for settings in ({"prior_steps": 2}, {"prior_steps": 3}, {"prior_part": "autoencoder"}):
+        run = start_from(name, **settings)
         changed = [s for s in STAGES if s != "pretraining_data" and run.key(s) != as_it_is.key(s)]
-        assert changed == follows, knobs
+        assert changed == follows, settings
         as_it_is = run
 
 
-@pytest.mark.parametrize("knobs", [{}, {"prior_steps": 2}], ids=["as it is", "learning on"])
-def test_no_job_of_a_plan_writes_or_waits_for_published_files(knobs):
-    run = start_from(NAMES[0], **knobs) if knobs else Run("small", "phantom:target", overrides={"prior": NAMES[0]})
+@pytest.mark.parametrize("settings", [{}, {"prior_steps": 2}], ids=["as it is", "learning on"])
+def test_no_job_of_a_plan_writes_or_waits_for_published_files(settings):
+    run = start_from(NAMES[0], **settings) if settings else Run("small", "phantom:target", overrides={"prior": NAMES[0]})
     assert not [f for j in plan(run) for f in (*j.inputs, *j.outputs) if "weights" in Path(f).parts]
 
 
