@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PRIOR_STAGES', 'ABLATIONS', 'STAGES', 'RESULTS', 'StageSpec', 'upstream_of', 'downstream_of', 'stage_settings']
 
-# %% ../../nbs/library/study/02_stages.ipynb #70c5239b
+# %% ../../nbs/library/study/02_stages.ipynb #9e584dea
 from dataclasses import dataclass
 
-# %% ../../nbs/library/study/02_stages.ipynb #72d1781d
+# %% ../../nbs/library/study/02_stages.ipynb #ba827d34
 @dataclass(frozen=True)
 class StageSpec:
     "What a stage reads and makes."
@@ -24,11 +24,12 @@ class StageSpec:
     outputs: tuple = () # files of a final stage, among the tables or figures of the run
     folder: str = "artefacts" # where it writes: 'artefacts', 'results' or 'figures'
     after: tuple = () # stages that a plan puts before it, though it does not need them
+    module: str = "steps" # module of histodiffusion.study with the function of the same name
 
     @property
     def notebook(self): return f"nbs/experiments/{self.name}.ipynb"
 
-# %% ../../nbs/library/study/02_stages.ipynb #64311ae6
+# %% ../../nbs/library/study/02_stages.ipynb #1514dd77
 _SHARED = (
     StageSpec("pretraining_data", "cut the pool of unlabelled patches", "the pool of patches", "pretrain",
               data="pretraining", settings=("image_size", "stain", "pretrain_patches"), per_seed=False),
@@ -47,12 +48,12 @@ _SHARED = (
                         "precision")))
 PRIOR_STAGES = ("pretraining_data", "autoencoder", "diffusion")  # what a published prior can replace
 
-# %% ../../nbs/library/study/02_stages.ipynb #3693880a
+# %% ../../nbs/library/study/02_stages.ipynb #26388c19
 _BACKBONE = ("backbone", "backbone_steps", "backbone_batch", "backbone_lr", "teacher", "teacher_steps", "teacher_lr")
 _SAMPLER = ("scheduler", "sampler_steps", "eta", "guidance_scale", "guidance_interval")
 _CLASSIFIER = ("classifier_steps", "classifier_batch", "classifier_lr", "classifier_mode")
 
-# %% ../../nbs/library/study/02_stages.ipynb #05964607
+# %% ../../nbs/library/study/02_stages.ipynb #6695c7c1
 _METHOD = (
     StageSpec("adapt", "fine-tune the prior on the labelled patches, train the latent classifier",
               "fine-tuned U-Net, latent classifier", "adapt", ("target_data", "autoencoder", "diffusion"),
@@ -70,40 +71,42 @@ _METHOD = (
               "metrics and posteriors of each method", "augment",
               ("target_data", "synthesize", "real_only", "select"), ("synthetic_share", "synthetic_targets")))
 
-# %% ../../nbs/library/study/02_stages.ipynb #168efc64
+# %% ../../nbs/library/study/02_stages.ipynb #581dcbab
 _BASELINES = (
     StageSpec("baselines", "train other generators on the same labels, and sample patches",
               "synthetic patches of each", "baselines", ("target_data", "autoencoder", "diffusion"),
               settings=("gan_steps", "gan_lr", "conditional_steps", "conditional_lr", "class_embedding_lr",
-                        "cfg_scale", "scheduler", "sampler_steps", "ratio", "min_snr_gamma", "precision")),
+                        "cfg_scale", "scheduler", "sampler_steps", "ratio", "min_snr_gamma", "precision"),
+              module="compare"),
     StageSpec("compare", "train classifiers on the baselines' patches, on colour and on packaged features",
               "metrics and posteriors of each baseline", "baselines",
               ("target_data", "synthesize", "real_only", "select", "baselines"),
-              ("encoder_lr", "synthetic_share", "synthetic_targets")),
+              ("encoder_lr", "synthetic_share", "synthetic_targets"), module="compare"),
     StageSpec("oracle", "train a classifier on all training labels, to measure with", "weights of the oracle",
-              "ablate", ("target_data",), ("oracle", "oracle_steps", "oracle_lr", "backbone_batch"), per_seed=False),
+              "ablate", ("target_data",), ("oracle", "oracle_steps", "oracle_lr", "backbone_batch"), per_seed=False,
+              module="compare"),
     StageSpec("quality", "measure the synthetic patches of every method", "a row for each method", "baselines",
-              ("target_data", "synthesize", "real_only", "select", "baselines", "oracle")))
+              ("target_data", "synthesize", "real_only", "select", "baselines", "oracle"), module="compare"))
 
-# %% ../../nbs/library/study/02_stages.ipynb #c5747c8c
+# %% ../../nbs/library/study/02_stages.ipynb #5229b3ca
 _GRIDS = (
     StageSpec("sampling_grid", "sample and measure every cell of the sampling grid", "a row for each cell", "ablate",
               ("target_data", "autoencoder", "diffusion", "adapt", "select", "oracle"),
               ("ablation_per_class", "ablation_scales", "ablation_schedulers", "ablation_steps"),
-              per_seed=False, seeds="first"),
+              per_seed=False, seeds="first", module="ablate"),
     StageSpec("adaptation_grid", "adapt the prior in several ways at several label fractions, and measure",
               "a row for each way", "ablate", ("target_data", "autoencoder", "diffusion", "oracle"),
               ("finetune_lr", "lora_rank", *_CLASSIFIER, *_SAMPLER, "precision", "ablation_per_class",
-               "ablation_fractions", "ablation_finetune_steps"), per_seed=False, seeds="first"))
+               "ablation_fractions", "ablation_finetune_steps"), per_seed=False, seeds="first", module="ablate"))
 
-# %% ../../nbs/library/study/02_stages.ipynb #4ce5cf29
+# %% ../../nbs/library/study/02_stages.ipynb #42797f00
 def _final(name, what, upstream, command="evaluate", seeds="all", outputs=None, settings=("seeds",), **kwargs):
     "A stage that writes among the tables or figures of the run."
-    outputs = outputs or (f"{name}.csv", f"{name}.md")
+    outputs, module = outputs or (f"{name}.csv", f"{name}.md"), "ablate" if command == "ablate" else "tables"
     return StageSpec(name, what, ", ".join(outputs), command, upstream, settings, per_seed=False, seeds=seeds,
-                     outputs=outputs, **dict(folder="results") | kwargs)
+                     outputs=outputs, **dict(folder="results", module=module) | kwargs)
 
-# %% ../../nbs/library/study/02_stages.ipynb #4c6e2f17
+# %% ../../nbs/library/study/02_stages.ipynb #94d93faf
 ABLATIONS = dict(  # name -> what is varied, settings
     labels=("share of the labels", ("ablation_labels",)),
     pretraining=("sets and patches of pre-training", ("ablation_pools", "ablation_sets")),
@@ -120,7 +123,7 @@ _ABLATION_STAGES = (
              "ablate", settings=("seeds", "ablation_seeds", *settings))
       for name, (what, settings) in ABLATIONS.items()))
 
-# %% ../../nbs/library/study/02_stages.ipynb #8ce82cc2
+# %% ../../nbs/library/study/02_stages.ipynb #8380a469
 _FINAL = (
     _final("table_1", "put the metrics of all methods and seeds together", ("augment", "compare")),
     _final("table_2", "put the quality of all methods' patches together", ("quality",)),
@@ -132,14 +135,14 @@ _FINAL = (
            outputs=("memorisation.csv", "label_noise.csv", "calibration.csv", "gain_by_class.csv")),
     *_ABLATION_STAGES,
     _final("report", "answer whether it helped, by how much, at what cost, and whether it is safe",
-           ("table_1", "table_2", "table_3", "figure_2", "safety"), outputs=("report.md",),
+           ("table_1", "table_2", "table_3", "figure_2", "safety"), outputs=("report.md",), module="report",
            after=tuple(s.name for s in _ABLATION_STAGES)))
 
-# %% ../../nbs/library/study/02_stages.ipynb #15e47e67
+# %% ../../nbs/library/study/02_stages.ipynb #ddafc915
 STAGES: dict[str, StageSpec] = {s.name: s for s in (*_SHARED, *_METHOD, *_BASELINES, *_GRIDS, *_FINAL)}
 RESULTS = tuple(s.name for s in _FINAL)  # what a whole run makes
 
-# %% ../../nbs/library/study/02_stages.ipynb #48db5f48
+# %% ../../nbs/library/study/02_stages.ipynb #c0999952
 def upstream_of(
     stage:str, # name in STAGES
 ) -> list: # names in order, `stage` last
@@ -147,14 +150,14 @@ def upstream_of(
     found = {stage}.union(*(upstream_of(u) for u in STAGES[stage].upstream))
     return [s for s in STAGES if s in found]
 
-# %% ../../nbs/library/study/02_stages.ipynb #97086e13
+# %% ../../nbs/library/study/02_stages.ipynb #ebbd8175
 def downstream_of(
     stage:str, # name in STAGES
 ) -> list: # names in order, `stage` first
     "A stage and all stages that depend on it."
     return [s for s in STAGES if stage in upstream_of(s)]
 
-# %% ../../nbs/library/study/02_stages.ipynb #bc4ca0f7
+# %% ../../nbs/library/study/02_stages.ipynb #1ab36e09
 def stage_settings(
     stage:str, # name in STAGES
 ) -> set: # names of settings
