@@ -1,0 +1,111 @@
+"""The actions of `histodiffusion data`."""
+
+from itertools import combinations
+
+from histodiffusion.core import HistoDiffusionError, load_settings
+
+
+def one_name(options) -> str:
+    "The one data set that an action is for."
+    if len(options.names) != 1:
+        raise HistoDiffusionError(f"'data {options.action}' needs the NAME of one set: see 'histodiffusion data list'.")
+    return options.names[0]
+
+
+def show(options) -> None:
+    "Print splits, class counts and fingerprints of a run's data."
+    from histodiffusion.data.leakage import split_groups
+    from histodiffusion.data.patches import labelled_fraction, load_patches, split_patches
+    from histodiffusion.data.pool import pool_counts
+
+    run = options.make()
+    c, target = run.settings, run.target
+    patches = load_patches(target, c.image_size, run.channels, skip_corrupt=run.skip_corrupt)
+    splits = split_patches(patches.keys, split_groups(target, patches.keys, patches.groups, c.image_size))
+    train = patches.subset(splits["train"])
+    labelled = labelled_fraction(train.labels, train.keys, c.label_fraction, run.seed, patches.classes)
+    counts = {name: patches.subset(i).counts() for name, i in splits.items()}
+    counts[f"labels (seed {run.seed})"] = train.subset(labelled).counts()
+    tone, width = "grey" if run.channels == 1 else "colour", max(map(len, patches.classes)) + 2
+    print(f"{target}: {len(patches)} patches, {c.image_size} px, {tone}, fingerprint {run.fingerprint(target)}")
+    rows = {"": counts} | {k: {n: v[k] for n, v in counts.items()} for k in patches.classes}
+    rows["all"] = {n: sum(v.values()) for n, v in counts.items()}
+    for name, row in rows.items():
+        print(f"{name:<{width}}" + "".join(f"{v if name else n:>18}" for n, v in row.items()))
+    print("\nunlabelled patches for pre-training")
+    for name, n in pool_counts(run.sets, c.pretrain_patches, c.image_size).items():
+        print(f"{name:<26}{n:>9}   fingerprint {run.fingerprint(name)}")
+
+
+def list_sets(options) -> None:
+    "Print the names of all data sets."
+    from histodiffusion.data.catalogue import REGISTRY
+    from histodiffusion.data.fetch import dataset_state
+    from histodiffusion.data.phantom import LABORATORIES
+
+    here = load_settings()
+    for name in LABORATORIES:
+        print(f"phantom:{name:<18} here     procedural tissue, nine classes, made when needed")
+    for d in REGISTRY.values():
+        kind = "labelled" if d.labelled else "unlabelled"
+        print(f"{d.name:<26} {dataset_state(d.name):<8} {d.title}; {kind}; licence: {d.licence}")
+    mirror = here.data_mirror or "none; set HISTODIFFUSION_DATA_MIRROR to the folder that has the missing ones"
+    print(f"{'folder:PATH':<26} yours    class/image below PATH when labelled, any depth otherwise\n"
+          f"to fetch: 'histodiffusion data fetch NAME' writes it to {here.data_home}; by hand: 'data describe NAME' "
+          f"says where from\nmirror: {mirror}")  # fmt: skip
+
+
+def fetch(options) -> None:
+    "Download a set and check it."
+    from histodiffusion.data.fetch import fetch_dataset
+
+    if options.dry_run:
+        return describe(options)
+    fetch_dataset(one_name(options), accept_licence=True if options.accept_licence else None)
+
+
+def describe(options) -> None:
+    "Print licence, citation and source of a set."
+    from histodiffusion.data.fetch import describe_dataset
+
+    print(describe_dataset(one_name(options)))
+
+
+def verify(options) -> None:
+    "Check a set again."
+    from histodiffusion.data.fetch import verify_dataset
+
+    name = one_name(options)
+    report = verify_dataset(name)
+    for row in report.itertuples():
+        print(f"{'ok ' if row.ok else 'BAD'} {row.what}: {row.found}")
+    if not report.ok.all():
+        raise HistoDiffusionError(f"{(~report.ok).sum()} of {len(report)} checks of '{name}' failed: see above; "
+                                  "remove what is wrong and fetch it again.")  # fmt: skip
+
+
+def audit(options) -> None:
+    "Print what sets contain and repeat, and what each pair of them shares."
+    import pandas as pd
+
+    from histodiffusion.data.copies import audit_pair, audit_set, known_sets
+
+    run = None if options.names else options.make()
+    names = "mirror" if options.names == ("mirror",) else list(options.names) or [run.target, *run.sets]
+    audits = [audit_set(name) for name in known_sets(names)]
+    columns = ["set", "images", "side", "classes", "licence", "corrupt", "exact", "near", "flat", "conflicts", "crossings"]
+    print(pd.concat([a.table for a in audits])[columns].to_string(index=False))
+    print("exact, near: pairs of copies; flat: nearly empty images; conflicts: copies with two labels;\n"
+          "crossings: copies that a split by content alone would separate, and that a run keeps together")  # fmt: skip
+    for found in audits:
+        for row in found.scan.corrupt.itertuples():
+            print(f"corrupt: {row.file} ({row.reason})")
+    pairs = [audit_pair(a, b) | {"sets": f"{a} and {b}"} for a, b in combinations(known_sets(names), 2)]
+    shared = [row for row in pairs if row["exact"] + row["near"]]
+    for row in shared:
+        print(f"{row['sets']} share images: {row['exact']} exact, {row['near']} near pairs, such as {row['example']}")
+    if len(pairs) > len(shared):
+        print(f"{len(pairs) - len(shared)} pairs of sets share nothing that was found")
+
+
+ACTIONS = {"show": show, "list": list_sets, "fetch": fetch, "describe": describe, "verify": verify, "audit": audit}
