@@ -19,12 +19,10 @@ help:  ## list the targets
 setup: $(STAMP)  ## make the environment in VENV (.venv) and install the project into it
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-		echo "HistoDiffusion needs Python 3.10 or newer: name one with 'make setup PYTHON=/path/to/python3'."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "HistoDiffusion needs Python 3.11 or newer: name one with 'make setup PYTHON=/path/to/python3'."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@# the exact versions in constraints.txt need Python 3.11; 3.10 takes the open ranges of pyproject.toml
-	$(BIN)/python -m pip install -q --disable-pip-version-check \
-		$$($(BIN)/python -c 'import sys; print("-c constraints.txt" * (sys.version_info >= (3, 11)))') -e ".[dev]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@$(BIN)/python tools/torchvision_hook.py install
 	@touch $@
 

@@ -1,5 +1,7 @@
 """The command line: exit codes, one sentence for each mistake, plans and listings."""
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -7,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from histodiffusion import __version__
-from histodiffusion.app.cli import COMMANDS, main
+from histodiffusion.app.cli import STAGE_COMMANDS, main, parse
+from histodiffusion.study.artefacts import command_of
+from histodiffusion.study.profiles import Profile
 from histodiffusion.study.stages import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
+MAKING = ["reproduce", "data", *STAGE_COMMANDS]
 
 
 @pytest.fixture(autouse=True)
@@ -27,19 +32,16 @@ def results(tmp_path, monkeypatch):
 @pytest.mark.parametrize("words, said", [
     (["reproduce", "--profile", "tiny"], "Unknown profile 'tiny': use one of smoke, small, gpu, paper."),
     (["adapt", "--dataset", "kather2016-grey64"], "set HISTODIFFUSION_DATA_MIRROR"),
-    (["adapt", "--set", "guidanc_scale=2"], "no field 'guidanc_scale'"),
-    (["adapt", "--set", "guidance_scale=much"], "cannot be read as float"),
-    (["adapt", "--set", "guidance_scale"], "is not KEY=VALUE"),
     (["adapt", "--dataset", "camelyon"], "Unknown data set 'camelyon'"),
     (["adapt", "--dataset", "folder:/no/such/place"], "There is no folder /no/such/place"),
     (["adapt", "--dataset", "phantom:mars"], "Unknown phantom laboratory 'mars'"),
     (["adapt", "--pretrain-sets", "phantom:target"], "leave it out of --pretrain-sets"),
-    (["adapt", "--label-fraction", "2"], "label_fraction must be at most 1"),
-    (["adapt", "--label-fraction", "some"], "invalid float value"),
-    (["adapt", "--seeds", "a,b"], "not a list of whole numbers"),
+    (["adapt", "--label-fraction", "2"], "label_fraction is 2.0: input should be less than or equal to 1"),
+    (["adapt", "--classifier-steps", "0"], "classifier_steps is 0: input should be greater than 0"),
+    (["adapt", "--selection-rule", "best"], "selection_rule must be one of"),
+    (["data", "fetch"], "needs the NAME of one set"),
+    (["data", "list", "pcam"], "takes no NAME"),
     (["reproduce", "--cores", "0"], "--cores is 0"),
-    (["train"], "invalid choice: 'train'"),
-    ([], "required: COMMAND"),
 ])  # fmt: skip
 def test_mistake_is_one_sentence_and_exit_code_2(capsys, words, said):
     assert main(words) == 2
@@ -48,16 +50,32 @@ def test_mistake_is_one_sentence_and_exit_code_2(capsys, words, said):
     assert said in err
 
 
+@pytest.mark.parametrize("words, said", [
+    (["adapt", "--guidanc-scale", "2"], "--guidance-scale FLOAT"),
+    (["adapt", "--guidance-scale", "much"], "Error parsing --guidance-scale"),
+    (["adapt", "--prediction", "x0"], "'epsilon', 'v_prediction'"),
+    (["adapt", "--seeds", "a"], "Error parsing --seeds"),
+    (["train"], "Unrecognized options: train"),
+    ([], "Missing subcommand"),
+])  # fmt: skip
+def test_a_mistyped_option_is_answered_with_the_nearest(capsys, words, said):
+    with pytest.raises(SystemExit) as e:
+        main(words)
+    assert e.value.code == 2
+    err = capsys.readouterr().err
+    assert said in re.sub(r"[│\s]+", " ", err) and "Traceback" not in err
+
+
 def test_mistake_leaves_nothing_behind(results):
     main(["reproduce", "--profile", "tiny"])
     assert list(results.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", MAKING)
 def test_dry_run_lists_stages_and_writes_nothing(capsys, results, command):
     assert main([command, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "1800 patches, 9 classes" in said and "a rough estimate" in said
+    assert "1800 patches, 9 classes" in said and "stages to make" in said
     own = [s.name for s in STAGES.values() if s.command == command]
     assert all(name in said for name in own)
     assert list(results.iterdir()) == []
@@ -70,23 +88,45 @@ def test_dry_run_of_a_folder_counts_its_images(capsys, results):
         (results / "set" / label).mkdir(parents=True)
         for i in range(n):
             Image.new("RGB", (70, 70), (i, 0, 0)).save(results / "set" / label / f"{i}.png")
-    assert main(["adapt", "--dataset", f"folder:{results / 'set'}", "--seeds", "7,8", "--dry-run"]) == 0
+    assert main(["adapt", "--dataset", f"folder:{results / 'set'}", "--seeds", "7", "8", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "5 patches, 2 classes" in said and "adapt_7" in said and "adapt_8" in said and "adapt_0" not in said
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_says_what_is_read_and_written(capsys, command):
+@pytest.mark.parametrize("command", MAKING)
+def test_help_says_what_is_read_and_written_and_lists_every_setting(capsys, command):
     with pytest.raises(SystemExit) as e:
         main([command, "--help"])
     said = capsys.readouterr().out
     assert e.value.code == 0
-    assert all(word in said for word in ("reads ", "writes ", "--dry-run", "--skip-corrupt", "--force", "--set"))
+    assert all(word in said for word in ("reads ", "writes ", "--dry-run", "--skip-corrupt", "--force"))
+    assert all(f"--{name.replace('_', '-')}" in said for name in Profile().settings())
+
+
+def test_help_shows_the_values_of_the_profile(capsys):
+    for profile, steps in (("smoke", 50), ("small", 800)):
+        with pytest.raises(SystemExit):
+            main(["augment", "--profile", profile, "--help"])
+        said = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+        assert f"--backbone-steps INT optimiser steps, > 0 (default: {steps})" in said
+
+
+def test_settings_lists_every_setting_with_its_comment(capsys):
+    assert main(["settings"]) == 0
+    said = capsys.readouterr().out
+    for name, value in Profile().settings().items():
+        assert f"--{name.replace('_', '-')}  " in said, name
+    assert "px, a multiple of 16" in said and "None" not in said
+
+
+def test_options_become_the_run():
+    run = parse(["adapt", "--profile", "small", "--ratios", "1", "2", "--finetune-mode", "lora", "--skip-leaks"]).make()
+    assert run.overrides == dict(ratios=(1.0, 2.0), finetune_mode="lora") and run.skip_leaks
+    assert parse(shlex.split(command_of(run, "adapt"))[1:]).make().parameters == run.parameters
 
 
 def test_version(capsys):
-    with pytest.raises(SystemExit):
-        main(["--version"])
+    assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == f"histodiffusion {__version__}"
 
 
@@ -100,16 +140,23 @@ def test_data_list_names_every_set(capsys):
 
 
 def test_interrupt_says_that_the_run_resumes(capsys, monkeypatch):
-    def interrupted(args):
+    def interrupted(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("histodiffusion.app.cli.run_command", interrupted)
+    monkeypatch.setattr("histodiffusion.app.cli.parse", interrupted)
     assert main(["reproduce"]) == 130
-    assert "goes on where this one stopped" in capsys.readouterr().err
+    assert "continues where this one stopped" in capsys.readouterr().err
 
 
 def test_module_runs_as_a_command():
-    words = [sys.executable, "-m", "histodiffusion.app.cli", "adapt", "--profile", "tiny"]
+    words = [sys.executable, "-m", "histodiffusion", "adapt", "--profile", "tiny"]
     said = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     assert said.returncode == 2
     assert said.stderr.startswith("histodiffusion: Unknown profile 'tiny'") and said.stdout == ""
+
+
+def test_the_command_line_starts_quickly():
+    code = ("import sys, histodiffusion.app.cli; slow = ('torch', 'pandas', 'matplotlib', 'sklearn', 'diffusers');"
+            "print([m for m in slow if m in sys.modules])")  # fmt: skip
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert said.stdout.strip() == "[]", said.stdout + said.stderr

@@ -5,17 +5,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from histodiffusion.study import ablate as ablations
-from histodiffusion.study import compare as evaluation
-from histodiffusion.study import steps as stages
-from histodiffusion.measure.figures import figure_2
-from histodiffusion.measure.statistics import classification_metrics
-from histodiffusion.measure.image_metrics import nearest_neighbours
-from histodiffusion.data.phantom import phantom_patches
 from histodiffusion.app.reproduce import plan
-from histodiffusion.study.stages import STAGES
-from histodiffusion.study.run import Run
+from histodiffusion.data.phantom import phantom_patches
+from histodiffusion.measure.figures import figure_2
+from histodiffusion.measure.image_metrics import nearest_neighbours
+from histodiffusion.measure.statistics import classification_metrics
+from histodiffusion.study import steps
+from histodiffusion.study.ablate import variant
 from histodiffusion.study.artefacts import stage_folder
+from histodiffusion.study.run import Run
+from histodiffusion.study.stages import STAGES
 
 
 @pytest.fixture
@@ -28,9 +27,9 @@ def home(tmp_path, monkeypatch):
 def pretend(run):
     "Folders and provenance of every job, as if all had been made."
     for job in plan(run):
-        with stage_folder(Run(**job.parameters), job.stage) as (folder, _):
+        with stage_folder(Run(**job.parameters), job.stage) as attempt:
             for output in STAGES[job.stage].outputs:
-                (folder/output).write_text("x")
+                (attempt.folder/output).write_text("x")
 
 
 def test_a_deleted_result_of_one_seed_is_all_that_is_made_anew(home):
@@ -51,8 +50,8 @@ def test_another_seed_leaves_the_others_as_they_are(home):
 
 def test_a_method_is_tested_once_and_a_stopped_stage_goes_on(home):
     run = Run("smoke", "phantom:target:180", ["phantom:kyoto:9"])
-    stages.target_data(run)
-    test, asked = stages.read_split(run, "test"), []
+    steps.target_data(run)
+    test, asked = steps.read_split(run, "test"), []
 
     def answer(images):
         asked.append(len(images))
@@ -63,8 +62,8 @@ def test_a_method_is_tested_once_and_a_stopped_stage_goes_on(home):
 
     methods = {("real", 0.): answer, ("gan", 1.): stop}
     with pytest.raises(KeyboardInterrupt):
-        stages.measure_methods(run, home, methods)
-    stages.measure_methods(run, home, methods | {("gan", 1.): answer})
+        steps.measure_methods(run, home, methods)
+    steps.measure_methods(run, home, methods | {("gan", 1.): answer})
     assert asked == [len(test), len(test)]  # `real` was not asked again
     rows = pd.read_csv(home/"rows.csv")
     assert rows.method.tolist() == ["real", "gan"] and (rows.accuracy == 1).all()
@@ -73,11 +72,11 @@ def test_a_method_is_tested_once_and_a_stopped_stage_goes_on(home):
 
 def test_variants_share_what_they_do_not_change():
     run = Run("smoke")
-    wider = ablations.variant(run, ratios=[1., 2.])
+    wider = variant(run, ratios=[1., 2.])
     assert wider.key("synthesize") == run.key("synthesize") and wider.key("augment") != run.key("augment")
-    few = ablations.variant(run, label_fraction=.5)
+    few = variant(run, label_fraction=.5)
     assert few.key("diffusion") == run.key("diffusion") and few.key("adapt") != run.key("adapt")
-    one = ablations.variant(run, pretrain_sets=run.pretrain_sets[:1])
+    one = variant(run, pretrain_sets=run.sets[:1])
     assert one.key("real_only") == run.key("real_only") and one.key("autoencoder") != run.key("autoencoder")
 
 
@@ -85,12 +84,6 @@ def test_neighbours_are_the_nearest_by_angle():
     known = np.array([[1., 0.], [0., 1.], [-1., 0.]])
     distance, i = nearest_neighbours(np.array([[9., 1.], [-.1, 5.]]), known)
     assert i.tolist() == [0, 1] and distance**2/2 == pytest.approx([1 - 9/82**.5, 1 - 5/25.01**.5])
-
-
-def test_a_class_that_the_test_split_lacks_has_no_gain():
-    labels, sure = np.array([0, 0, 1]), np.eye(3)[[0, 1, 1]]
-    table, confusion = evaluation._by_class(labels, dict(real=[sure]*3, histodiffusion_selected=[np.eye(3)[labels]]*3), "abc")
-    assert table.gain.tolist()[:2] == [.5, 0] and np.isnan(table.gain[2]) and confusion.shape == (3, 3)
 
 
 def test_figure_2_needs_no_real_patch_where_they_may_not_be_shown():

@@ -64,11 +64,31 @@ def test_constraints_pin_every_dependency(pyproject):
     assert {re.split(r"[>=<;\[ ]", d)[0].lower() for d in wanted} - {"histodiffusion"} <= pinned
 
 
-def test_every_module_comes_from_a_notebook():
-    plain = {"__init__", "_modidx", "_torchvision", "cli"}
-    modules = {p.stem for p in (ROOT / "histodiffusion").glob("*.py")} - plain
-    notebooks = {p.stem.split("_", 1)[1] for p in (ROOT / "nbs" / "library").glob("[0-9][0-9]_*.ipynb")}
-    assert modules == notebooks
+WINGS = ("core", "data", "models", "measure", "study", "app")
+PLAIN = {"sharing", "__main__", "app.cli", "app.data_command"}
+
+
+def modules():
+    "Name -> source of every module of the library."
+    home = ROOT / "histodiffusion"
+    paths = [p for p in home.rglob("*.py") if p.stem not in ("__init__", "_modidx")]
+    return {".".join(p.relative_to(home).with_suffix("").parts): p.read_text() for p in paths}
+
+
+def test_every_module_comes_from_a_notebook_in_the_same_tree():
+    home = ROOT / "nbs" / "library"
+    parts = [p.relative_to(home).with_suffix("").parts for p in home.rglob("[0-9][0-9]_*.ipynb")]
+    assert set(modules()) - PLAIN == {".".join([*wing, name.split("_", 1)[1]]) for *wing, name in parts}
+
+
+def test_no_import_runs_backwards():
+    for name, source in modules().items():
+        if name in ("sharing", "__main__"):
+            continue
+        found = {m for m in re.findall(r"^\s*from histodiffusion\.(\w+)", source, re.MULTILINE)}
+        found |= {m for m in re.findall(r"^\s*from \.\.(\w+)", source, re.MULTILINE)}
+        wing = WINGS.index(name.split(".")[0])
+        assert all(WINGS.index(other) <= wing for other in found), (name, found)
 
 
 def test_licence_is_apache(pyproject):

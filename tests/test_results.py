@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from histodiffusion.study.profiles import PROFILES
-from histodiffusion.study.report import _help
+from histodiffusion.study.report import gain_sentences
 from histodiffusion.study.stages import STAGES
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -30,7 +30,7 @@ def interval(row):
 
 
 def test_every_table_is_there_with_provenance(folder):
-    for name in [s for s in STAGES if STAGES[s].place == "results"]:
+    for name in [s for s in STAGES if STAGES[s].folder == "results"]:
         record = json.loads((folder / f"{name}.provenance.json").read_text())
         assert len(record["commit"]) == 40 and not record["dirty"] and record["seconds"] > 0, name
         assert {"torch", "diffusers", "timm"} <= set(record["versions"]) and record["data"], name
@@ -50,7 +50,7 @@ def test_table_1_sums_up_its_seeds(folder):
 
 def test_report_says_what_the_table_says(folder):
     text = (folder / "report.md").read_text()
-    for line in _help(pd.read_csv(folder / "table_1.csv"), 1.0):
+    for line in gain_sentences(pd.read_csv(folder / "table_1.csv"), 1.0):
         assert line in text
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from histodiffusion.app.reproduce import measured_seconds, plan
 from histodiffusion.core import HistoDiffusionError, read_json
-from histodiffusion.study.profiles import PROFILES, Profile, get_profile
-from histodiffusion.app.reproduce import estimate, plan
-from histodiffusion.study.artefacts import MADE_BY, forget, inside, stage, stage_folder
+from histodiffusion.models.sampling import SCHEDULERS
+from histodiffusion.study import artefacts
+from histodiffusion.study.artefacts import as_made, make_stage, remove_stage, stage, stage_folder
+from histodiffusion.study.profiles import PROFILES, Profile, SamplingSettings, get_profile
+from histodiffusion.study.run import Run
 from histodiffusion.study.stages import RESULTS, STAGES, stage_settings, upstream_of
-from histodiffusion.study.run import Run, provenance_path
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ("pretraining_data", "autoencoder", "diffusion")
@@ -44,9 +46,9 @@ def call(*words, timeout=120):
 def complete(run):
     "Leave every stage of a run as if it had been made."
     for job in plan(run):
-        with stage_folder(Run(**job.parameters), job.stage) as (folder, _):
+        with stage_folder(Run(**job.parameters), job.stage) as attempt:
             for name in STAGES[job.stage].outputs:
-                (folder / name).write_text("| method | accuracy |\n")
+                (attempt.folder / name).write_text("| method | accuracy |\n")
 
 
 def keys(**options):
@@ -65,7 +67,7 @@ def test_guidance_scale_changes_synthesis_but_not_adaptation(project):
         "synthesize", "select", "augment", "compare", "quality", "sampling_grid", "adaptation_grid", *RESULTS]  # fmt: skip
 
 
-def test_every_knob_changes_the_stages_that_list_it_and_no_earlier_one(project):
+def test_every_setting_changes_the_stages_that_list_it_and_no_earlier_one(project):
     texts = {"prediction": "v_prediction", "classifier_mode": "clean", "selection_rule": "random", "precision": "bf16",
              "scheduler": "ddpm", "backbone": "resnet18", "stain": "macenko", "perceptual": "lpips",
              "finetune_mode": "lora", "finetune_data": "training", "oracle": "resnet18", "teacher": "resnet18",
@@ -81,6 +83,10 @@ def test_every_knob_changes_the_stages_that_list_it_and_no_earlier_one(project):
         "selection_diversity": 0.5,
         "guidance_interval": (0, 900),
         "start_time": 400,
+        "critic_start": 0.3,
+        "cfg_scale": 3.0,
+        "ablation_labels": (0.2,),
+        "ablation_thresholds": (0.4,),
     }
     for name, old in Profile().settings().items():
         if name in ("label_fraction", "prior", "prior_part", "prior_steps"):  # see test_weights.py for priors
@@ -134,7 +140,8 @@ def test_data_that_changes_makes_new_keys(project):
 
 def test_parameters_survive_json(project):
     run = Run("small", "phantom:kyoto", label_fraction=0.2, seed=3, overrides={"unet_channels": (32, 64, 64)})
-    assert Run(**json.loads(json.dumps(run.parameters))) == run
+    again = Run(**json.loads(json.dumps(run.parameters)))
+    assert again.parameters == run.parameters and again.settings == run.settings
 
 
 def test_presets_are_valid():
@@ -148,22 +155,58 @@ def test_presets_are_valid():
             assert all(0 < value < 1 and 0 < tolerance < 0.1 for value, tolerance in wanted.accuracy.values())
 
 
-def test_stage_cannot_read_a_knob_outside_its_key(project):
-    seen = inside(Run("smoke", seed=3), "diffusion")
-    assert seen.seed == 0
-    with pytest.raises(AttributeError, match="guidance_scale"):
-        _ = seen.config.guidance_scale
+def test_samplers_of_the_settings_are_those_of_the_library():
+    with pytest.raises(HistoDiffusionError, match=", ".join(f"'{name}'" for name in list(SCHEDULERS)[:-1])):
+        get_profile(scheduler="no-such")
+    assert SamplingSettings().scheduler in SCHEDULERS
+
+
+def test_shared_stages_do_not_see_the_seed(project):
+    assert as_made(Run("smoke", seed=3), "diffusion").seed == 0
+    assert as_made(Run("smoke", seed=3), "adapt").seed == 3
+
+
+class Recorder:
+    "Settings that note which of them are read."
+
+    def __init__(self, settings, names):
+        self.__dict__.update(own=settings, names=names)
+
+    def __getattr__(self, name):
+        self.names.add(name)
+        return getattr(self.own, name)
+
+
+def test_stages_read_only_the_settings_that_their_keys_cover(project, monkeypatch):
+    read, plain = {}, artefacts.as_made
+
+    def recorded(run, name):
+        made = plain(run, name)
+        vars(made)["settings"] = Recorder(made.settings, read.setdefault(name, set()))
+        return made
+
+    monkeypatch.setenv("HISTODIFFUSION_PROGRESS", "off")
+    monkeypatch.setattr(artefacts, "as_made", lambda run, name: recorded(Run(**run.parameters), name))
+    tiny = dict(pretrain_patches=90, autoencoder_steps=2, diffusion_steps=2, finetune_steps=2, classifier_steps=2,
+                sampler_steps=2, samples_per_class=2, backbone_steps=2, teacher_steps=2, oracle_steps=2, gan_steps=2,
+                conditional_steps=2, seeds=[0], selection_rule="confidence", selection_threshold=.01)  # fmt: skip
+    run = Run("smoke", "phantom:target:180", overrides=tiny)
+    for name in ("table_3", "quality", "compare"):
+        make_stage(run, name)
+    everywhere = {"prior", "prior_part", "prior_steps", "seeds", "settings"}  # where other stages are
+    assert {name: names - stage_settings(name) - everywhere for name, names in read.items()} == {n: set() for n in read}
+    assert "autoencoder_steps" in read["autoencoder"] and len(read) > 10
 
 
 def test_every_stage_has_a_function_and_a_notebook():
-    import histodiffusion.study.ablate
-    import histodiffusion.study.report  # noqa: F401 - every stage
+    import importlib
 
-    assert {s: f.stage for s, f in MADE_BY.items()} == {s: s for s in STAGES}
     for s in STAGES.values():
+        assert callable(getattr(importlib.import_module(f"histodiffusion.study.{s.module}"), s.name)), s.name
         nb = nbformat.read(ROOT / s.notebook, as_version=4)
         given = [c.source for c in nb.cells if "parameters" in c.metadata.get("tags", [])]
-        assert len(given) == 1 and all(f"{name} =" in given[0] for name in Run("smoke").parameters), s.notebook
+        assert len(given) == 1 and given[0].startswith("run = {}"), s.notebook
+        assert any("Run(**run)" in c.source for c in nb.cells), s.notebook
 
 
 def test_stage_is_made_once_and_names_what_is_missing(project):
@@ -171,7 +214,7 @@ def test_stage_is_made_once_and_names_what_is_missing(project):
 
     @stage("pretraining_data")
     def pool(run, folder):
-        made.append(run.config.pretrain_patches)
+        made.append(run.settings.pretrain_patches)
 
     @stage("autoencoder")
     def autoencoder(run, folder):
@@ -186,14 +229,14 @@ def test_stage_is_made_once_and_names_what_is_missing(project):
 
 def test_failed_stage_keeps_its_files_and_its_time(project):
     run = Run("smoke")
-    with pytest.raises(ValueError, match="bug"), stage_folder(run, "pretraining_data") as (folder, _):
-        (folder / "checkpoint").write_text("half")
+    with pytest.raises(ValueError, match="bug"), stage_folder(run, "pretraining_data") as a:
+        (a.folder / "checkpoint").write_text("half")
         time.sleep(0.1)
         raise ValueError("bug")
     assert not run.done("pretraining_data")
-    with stage_folder(run, "pretraining_data") as (folder, _):
-        assert (folder / "checkpoint").exists()
-    assert read_json(folder / "provenance.json")["seconds"] >= 0.1
+    with stage_folder(run, "pretraining_data") as a:
+        assert (a.folder / "checkpoint").exists()
+    assert read_json(a.folder / "provenance.json")["seconds"] >= 0.1
 
 
 def test_full_disk_is_one_sentence(project):
@@ -205,29 +248,27 @@ def test_provenance_is_complete_outside_git(project):
     run = Run("smoke", seed=1)
     with stage_folder(run, "adapt"):
         pass
-    record = read_json(provenance_path(run, "adapt"))
+    record = read_json(run.record("adapt"))
     assert (record["seed"], record["commit"], record["key"]) == (1, "unknown", run.key("adapt"))
     assert {"torch", "diffusers", "timm", "accelerate", "numpy", "scikit-learn", "python"} <= set(record["versions"])
-    assert set(record["data"]) == {"phantom:target", *run.pretrain_sets}
+    assert set(record["data"]) == {"phantom:target", *run.sets}
 
 
-def test_forgetting_a_stage_forgets_what_follows(project):
+def test_removing_a_stage_removes_what_follows(project):
     run = Run("smoke")
     complete(run)
-    forget(run, "synthesize")
+    remove_stage(run, "synthesize")
     undone = [j.name for j in plan(run) if not j.done]
     expected = [s for s in STAGES if "synthesize" in upstream_of(s)]
     assert sorted(undone) == sorted(f"{s}_{run.seed}" if STAGES[s].per_seed else s for s in expected)
 
 
-def test_estimate_learns_from_what_was_measured(project):
+def test_expected_time_is_what_was_measured(project):
     run = Run("smoke")
-    before = estimate(run)["diffusion"]
+    assert "diffusion" not in measured_seconds("smoke")
     with stage_folder(run, "diffusion"):
-        pass
-    after = estimate(run)["diffusion"]
-    assert (before["measured"], after["measured"]) == (False, True)
-    assert after["seconds"] < before["seconds"]
+        time.sleep(0.2)
+    assert 0.2 <= measured_seconds("smoke")["diffusion"] < 10
 
 
 def test_planning_does_not_import_torch(project):
@@ -237,10 +278,6 @@ def test_planning_does_not_import_torch(project):
     assert said.stdout.splitlines()[-1] == "[]", said.stderr
 
 
-needs_snakemake = pytest.mark.skipif(sys.version_info < (3, 11), reason="snakemake needs Python 3.11")
-
-
-@needs_snakemake
 def test_workflow_has_every_job_of_the_plan(project):
     for s in STAGES.values():
         assert s.notebook == f"nbs/experiments/{s.name}.ipynb"
@@ -251,7 +288,6 @@ def test_workflow_has_every_job_of_the_plan(project):
         assert re.search(rf"^{job.name}\s+1$", table, re.MULTILINE), job.name
 
 
-@needs_snakemake
 def test_workflow_reruns_only_what_a_parameter_touches(project):
     complete(Run("smoke"))
     config = project / "config.json"
@@ -276,7 +312,6 @@ def test_second_reproduce_does_nothing_and_is_quick(project):
     assert {p: p.stat().st_mtime_ns for p in project.rglob("*")} == before
 
 
-@needs_snakemake
 @pytest.mark.slow
 @pytest.mark.parametrize("body, code, sentence", [
     ("1/0", 1, "failed in cell [3] `1/0`: ZeroDivisionError: division by zero"),
@@ -286,7 +321,7 @@ def test_second_reproduce_does_nothing_and_is_quick(project):
 def test_failed_notebook_is_one_line_and_an_exit_code(project, body, code, sentence):
     folder = project / "nbs" / "experiments"
     folder.mkdir(parents=True)
-    cells = [nbformat.v4.new_code_cell("seed = 0", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(body)]
+    cells = [nbformat.v4.new_code_cell("run = {}", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(body)]
     kernel = {"name": "python3", "display_name": "python3", "language": "python"}
     for name in ("pretraining_data", "target_data"):
         nb = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
