@@ -8,7 +8,7 @@ __all__ = ['INTERVALS', 'ADAPTATION_MODES', 'AXES', 'ablation_labels', 'ablation
            'ablation_sampling', 'Adapter', 'measure_adaptation', 'adaptation_grid', 'ablation_adaptation', 'variant',
            'measure_variant', 'vary']
 
-# %% ../../nbs/library/study/09_ablate.ipynb #06761084
+# %% ../../nbs/library/study/09_ablate.ipynb #153b9fc8
 import copy, functools, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from .steps import (
     Selector, draw_candidates, fine_tune, fit_classifier, read_labelled, read_split, unlabelled_latents)
 from .tables import read_correct
 
-# %% ../../nbs/library/study/09_ablate.ipynb #bacb7a66
+# %% ../../nbs/library/study/09_ablate.ipynb #a5042838
 @dataclass(frozen=True)
 class Cell:
     "One way to sample."
@@ -50,7 +50,7 @@ class Cell:
     eta: float = 0. # DDIM's noise
     precision: str = "no" # of the networks
 
-# %% ../../nbs/library/study/09_ablate.ipynb #d7833df4
+# %% ../../nbs/library/study/09_ablate.ipynb #c68fa004
 INTERVALS = ((0, 1000), (0, 500), (0, 800), (200, 800), (500, 1000))
 
 def sampling_cells(
@@ -65,7 +65,7 @@ def sampling_cells(
     intervals = [replace(base, axis="interval", interval=i) for i in INTERVALS]
     return scales + samplers + intervals + [replace(base, axis="early rejection", rejection=r) for r in (False, True)]
 
-# %% ../../nbs/library/study/09_ablate.ipynb #ca095eca
+# %% ../../nbs/library/study/09_ablate.ipynb #eba05402
 class Sampler:
     "The networks of a run, ready to sample any cell."
     def __init__(self,
@@ -90,7 +90,7 @@ def _train_clean(run, vae):
     latents = LabelledLatents(vae, labelled.images, labelled.labels, precision=run.settings.precision)
     return fit_classifier(run, latents, unet, "clean").model
 
-# %% ../../nbs/library/study/09_ablate.ipynb #863d4c2d
+# %% ../../nbs/library/study/09_ablate.ipynb #4ba412ce
 @patch
 def arguments(self:Sampler,
     cell:Cell,
@@ -111,7 +111,7 @@ def rejection(self:Sampler,
     accept = lambda pilot: self.selector(decode_latents(self.vae, pilot["latents"], precision=cell.precision), self.pilot)
     return calibrate_rejection(self.unet, self.pilot, accept, *self.arguments(cell, "pilot"), keep=keep)[0]
 
-# %% ../../nbs/library/study/09_ablate.ipynb #ec5030ac
+# %% ../../nbs/library/study/09_ablate.ipynb #430142e4
 def measure_cell(
     sampler:Sampler,
     measure:PatchQuality,
@@ -124,10 +124,10 @@ def measure_cell(
     seconds, good = time.perf_counter() - start, sampler.selector(s["images"], labels)
     every, accepted = measure(s["images"], labels), measure(s["images"][good], labels[good])
     return dict(**asdict(cell) | dict(interval="{}-{}".format(*cell.interval)), patches=len(good), drawn=s["drawn"],
-                evaluations_per_patch=s["evaluations"]["unet"]/len(good), seconds=seconds, accepted_share=float(good.mean()),
+                evaluations_per_patch=s["evaluations"]/len(good), seconds=seconds, accepted_share=float(good.mean()),
                 accepted_per_second=float(good.sum())/seconds, **every, **{f"accepted_{k}": v for k, v in accepted.items()})
 
-# %% ../../nbs/library/study/09_ablate.ipynb #41657881
+# %% ../../nbs/library/study/09_ablate.ipynb #79c2470b
 def _rows(folder, cells, measure, desc):
     "Rows of a grid, each measured once; `cells` maps a name to the arguments of `measure`."
     rows = []
@@ -137,7 +137,7 @@ def _rows(folder, cells, measure, desc):
         rows.append(read_json(path))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/library/study/09_ablate.ipynb #bdb0c5cb
+# %% ../../nbs/library/study/09_ablate.ipynb #5ebb5eab
 @stage("sampling_grid")
 def sampling_grid(run:Run, folder:Path):
     "Sample and measure every cell of the grid."
@@ -151,7 +151,7 @@ def sampling_grid(run:Run, folder:Path):
     write_table(pd.concat(reports), folder/"classifiers")
     return dict(images=len(cells)*len(sampler.labels))
 
-# %% ../../nbs/library/study/09_ablate.ipynb #a87d1bf2
+# %% ../../nbs/library/study/09_ablate.ipynb #811f364c
 @stage("ablation_sampling")
 def ablation_sampling(run:Run, folder:Path):
     "Write the tables of the sampling grid and draw its figures."
@@ -162,7 +162,7 @@ def ablation_sampling(run:Run, folder:Path):
     save_figure(figures.plot_ablation(table, classifiers), run.figures/"ablation_sampling")
     save_figure(figures.plot_quality_seconds(table), run.figures/"quality_seconds")
 
-# %% ../../nbs/library/study/09_ablate.ipynb #165df805
+# %% ../../nbs/library/study/09_ablate.ipynb #9ff70c29
 ADAPTATION_MODES = ("guidance_only", "labelled_whole", "labelled_lora", "training_whole")
 
 class Adapter:
@@ -184,7 +184,7 @@ class Adapter:
             fit_classifier(self.run, self.latents(fraction), self.prior).model.save_pretrained(path)
         return LatentClassifier.from_pretrained(path)
 
-# %% ../../nbs/library/study/09_ablate.ipynb #2a09cd23
+# %% ../../nbs/library/study/09_ablate.ipynb #5641a79a
 @patch
 def unet(self:Adapter,
     mode:str, # one of ADAPTATION_MODES
@@ -201,7 +201,7 @@ def unet(self:Adapter,
                   path.with_name(f"{path.name}-training"), mode).model.save_pretrained(path)
     return UNet2DModel.from_pretrained(path)
 
-# %% ../../nbs/library/study/09_ablate.ipynb #51c192e3
+# %% ../../nbs/library/study/09_ablate.ipynb #aed7969e
 def measure_adaptation(
     adapter:Adapter,
     measure:PatchQuality,
@@ -219,7 +219,7 @@ def measure_adaptation(
                 near_copy_share=copies["share"], nearest_median=copies["median_synthetic"],
                 nearest_median_validation=copies["median_held_out"], **measure(s["images"], labels))
 
-# %% ../../nbs/library/study/09_ablate.ipynb #a69edf97
+# %% ../../nbs/library/study/09_ablate.ipynb #32ef3aeb
 @stage("adaptation_grid")
 def adaptation_grid(run:Run, folder:Path):
     "Adapt the prior in every way at every label fraction, sample, and measure."
@@ -235,7 +235,7 @@ def ablation_adaptation(run:Run, folder:Path):
                 "Ways to adapt the prior, by label fraction; distances to validation patches.")
     save_figure(figures.plot_adaptation(table), run.figures/"ablation_adaptation")
 
-# %% ../../nbs/library/study/09_ablate.ipynb #c3bd14dd
+# %% ../../nbs/library/study/09_ablate.ipynb #7cfa23e6
 def variant(
     run:Run,
     pretrain_sets:tuple|None=None, # None: those of the run
@@ -256,7 +256,7 @@ def measure_variant(
     rows = pd.concat([pd.read_csv(r.folder("augment")/"rows.csv") for r in runs], ignore_index=True)
     return summarise_methods(rows, read_correct([("augment", r) for r in runs]))
 
-# %% ../../nbs/library/study/09_ablate.ipynb #f946d064
+# %% ../../nbs/library/study/09_ablate.ipynb #cb4eb176
 def _one(run, **change):
     "A variant that is trained at one ratio alone; the run itself where nothing changes."
     same = variant(run, **change).key("augment") == run.key("augment")
@@ -273,7 +273,7 @@ def _selection(run):
               for t in sorted({*c.ablation_thresholds, c.selection_threshold})]
     return rules + limits + [("targets", t, _one(run, synthetic_targets=t)) for t in ("class", "teacher")]
 
-# %% ../../nbs/library/study/09_ablate.ipynb #4850d0c3
+# %% ../../nbs/library/study/09_ablate.ipynb #8553d371
 def _from_published(run):
     "Numbers of sets for a run with a published prior: none, those of the prior as it is, and those of the run too."
     sets = prior_sets(run)
@@ -291,7 +291,7 @@ def _pretraining(run):
     counts = [("pre-training sets", k, r) for k, r in counts.items()]
     return [v for axis in (pools, counts) if len(axis) > 1 for v in axis] or pools
 
-# %% ../../nbs/library/study/09_ablate.ipynb #45a1e7e6
+# %% ../../nbs/library/study/09_ablate.ipynb #5a678e40
 def _ratio(run):
     "One run with enough candidates for the largest ratio, about half of which pass."
     c, labels = run.settings, np.bincount(read_labelled(run.with_seed(run.settings.seeds[0])).labels)
@@ -314,7 +314,7 @@ def _backbone(run):
     rest = [("backbone", n, _one(run, backbone=n, backbone_lr=1e-3)) for n in others]
     return [("backbone", c.backbone, run), *rest, ("backbone", ENCODER, functools.partial(_packaged, run))]
 
-# %% ../../nbs/library/study/09_ablate.ipynb #dc05f827
+# %% ../../nbs/library/study/09_ablate.ipynb #531b03de
 AXES = dict(labels=_labels, pretraining=_pretraining, selection=_selection, ratio=_ratio, backbone=_backbone)
 
 def _by_ratio(table):
@@ -338,7 +338,7 @@ def vary(
     save_figure(figures.plot_variants(table), run.figures/f"ablation_{name}")
     return table
 
-# %% ../../nbs/library/study/09_ablate.ipynb #f0f82780
+# %% ../../nbs/library/study/09_ablate.ipynb #b0bc9346
 def _vary_stage(name):
     "The stage that varies one choice of the whole run."
     @stage(f"ablation_{name}")
