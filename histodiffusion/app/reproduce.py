@@ -6,7 +6,7 @@
 __all__ = ['Job', 'plan', 'measured_seconds', 'duration', 'describe_plan', 'execute_notebook', 'plan_from_config', 'job_command',
            'snakemake_command', 'show_results', 'reproduce', 'main']
 
-# %% ../../nbs/library/app/02_reproduce.ipynb #bec1f9b9
+# %% ../../nbs/library/app/02_reproduce.ipynb #e38f2d2b
 import contextlib, csv, json, os, shlex, shutil, signal, statistics, subprocess, sys, tempfile, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..study.prior import is_published
 from ..study.run import Run, slug
 from ..study.stages import PRIOR_STAGES, RESULTS, STAGES, upstream_of
 
-# %% ../../nbs/library/app/02_reproduce.ipynb #8d98f303
+# %% ../../nbs/library/app/02_reproduce.ipynb #327035bd
 @dataclass(frozen=True)
 class Job:
     "One notebook to execute."
@@ -34,7 +34,7 @@ class Job:
     share: int # number of jobs that share the cores while it runs; 0: it gets one core
     position: str # in the plan, such as '3/14'
 
-# %% ../../nbs/library/app/02_reproduce.ipynb #ef010f48
+# %% ../../nbs/library/app/02_reproduce.ipynb #3e7cabef
 def _path(path):
     "A path relative to the project if it is inside it."
     path, root = Path(path), load_settings().root
@@ -58,7 +58,7 @@ def _job(stage, run, position, planned):
                executed=_path(run.results/"notebooks"/f"{stage}{tag}.ipynb"), key=run.key(stage), done=run.done(stage),
                share=_share(stage, run), position=position)
 
-# %% ../../nbs/library/app/02_reproduce.ipynb #bf14d928
+# %% ../../nbs/library/app/02_reproduce.ipynb #5a59a9c0
 def plan(
     run:Run,
     targets=RESULTS, # stages to arrive at
@@ -71,7 +71,7 @@ def plan(
     pairs = [*shared, *own, *((s, seeds[0]) for s in planned if STAGES[s].seeds != "own")]
     return [_job(s, r, f"{i}/{len(pairs)}", {*planned}) for i, (s, r) in enumerate(pairs, 1)]
 
-# %% ../../nbs/library/app/02_reproduce.ipynb #0ef9185c
+# %% ../../nbs/library/app/02_reproduce.ipynb #1399451c
 def measured_seconds(
     profile:str, # name of a preset
 ) -> dict: # stage -> seconds
@@ -80,14 +80,15 @@ def measured_seconds(
     for path in here.results_path.rglob("*provenance.json"):
         with contextlib.suppress(HistoDiffusionError, KeyError, TypeError):
             record = read_json(path)
-            if record["parameters"]["profile"] == profile: found.setdefault(record["stage"], []).append(record["seconds"])
+            if record["parameters"]["profile"] != profile: continue
+            found.setdefault(record["stage"], []).append(record["seconds"])
     tables = {}
     for path in (here.root/"results"/profile).glob("*/table_3.csv"):
         with open(path, newline="", encoding="utf-8") as f:
             for row in csv.DictReader(f): tables.setdefault(row["stage"], []).append(float(row["seconds_mean"]))
     return {stage: statistics.median(seconds) for stage, seconds in (tables | found).items()}
 
-# %% ../../nbs/library/app/02_reproduce.ipynb #a3519d9a
+# %% ../../nbs/library/app/02_reproduce.ipynb #0e432820
 def duration(
     seconds:float, # >= 0
 ) -> str:
@@ -96,7 +97,7 @@ def duration(
     if seconds < 5400: return f"{seconds/60:.0f} min"
     return f"{seconds/3600:.1f} h" if seconds < 172800 else f"{seconds/86400:.0f} d"
 
-# %% ../../nbs/library/app/02_reproduce.ipynb #4413ff05
+# %% ../../nbs/library/app/02_reproduce.ipynb #9bf9ad62
 def _count(target):
     "Patches and classes of a labelled set."
     if target.startswith("phantom:"): return parse_phantom(target)[1], 9
@@ -112,10 +113,12 @@ def describe_plan(
     jobs, seconds, c = plan(run, targets), measured_seconds(run.profile), run.settings
     patches, classes = _count(run.target)
     lines = [f"profile   {run.profile}: {c.description}",
-             f"target    {run.target}: {patches} patches, {classes} classes, labels of {c.label_fraction:.3g} of the training patches",
+             f"target    {run.target}: {patches} patches, {classes} classes, labels of {c.label_fraction:.3g} of the "
+             "training patches",
              f"pool      {c.pretrain_patches} unlabelled patches of {', '.join(run.sets)}",
              f"patches   {c.image_size} px, {'grey' if run.channels == 1 else 'colour'}", ""]
-    if c.prior: lines.insert(3, f"prior     '{c.prior}'" + ("" if is_published(c, "diffusion") else ", its training continued"))
+    continued = "" if is_published(c, "diffusion") else ", its training continued"
+    if c.prior: lines.insert(3, f"prior     '{c.prior}'{continued}")
     for j in jobs:
         time = "done" if j.done else f"~{duration(seconds[j.stage])}" if j.stage in seconds else "not measured"
         lines.append(f"{j.position:>6}  {j.name:<20} {time:<14} {STAGES[j.stage].what}")
@@ -124,7 +127,7 @@ def describe_plan(
     estimate = f"; {len(timed)} of them took {duration(sum(timed))} before, one after another" if timed else ""
     return "\n".join([*lines, "", f"{len(left)} of {len(jobs)} stages to make{estimate}"])
 
-# %% ../../nbs/library/app/02_reproduce.ipynb #909e4284
+# %% ../../nbs/library/app/02_reproduce.ipynb #972c5e8c
 def _failure(job, e):
     "One line about a failed notebook, and the exit code."
     import papermill
@@ -141,7 +144,7 @@ def _failure(job, e):
         return f"histodiffusion: the disk is full at {job.executed}: free some space and run it again.", 2
     return f"{job.notebook} failed: {type(e).__name__}: {e} (see {job.executed})", 1
 
-# %% ../../nbs/library/app/02_reproduce.ipynb #c6c447ae
+# %% ../../nbs/library/app/02_reproduce.ipynb #2957d2c9
 def execute_notebook(
     job:Job,
     out=None, # text stream for the notebook's output; None: standard output
@@ -154,8 +157,8 @@ def execute_notebook(
     (root/job.executed).parent.mkdir(parents=True, exist_ok=True)
     os.environ |= dict(HISTODIFFUSION_PROGRESS="lines", MPLBACKEND="module://matplotlib_inline.backend_inline")
     try:
-        papermill.execute_notebook(root/job.notebook, root/job.executed, parameters=dict(run=job.parameters), cwd=str(root),
-                                   progress_bar=False, stdout_file=out, stderr_file=out)
+        papermill.execute_notebook(root/job.notebook, root/job.executed, parameters=dict(run=job.parameters),
+                                   cwd=str(root), progress_bar=False, stdout_file=out, stderr_file=out)
     except Exception as e:
         sentence, code = _failure(job, e)
         print(sentence, file=out, flush=True)
@@ -163,7 +166,7 @@ def execute_notebook(
     print(f"[{job.position}] done in {duration(time.time() - start)}", file=out, flush=True)
     return 0
 
-# %% ../../nbs/library/app/02_reproduce.ipynb #ab296526
+# %% ../../nbs/library/app/02_reproduce.ipynb #ce420ada
 def plan_from_config(
     config:dict, # Snakemake's: fields of Run
 ) -> list: # of Job
@@ -181,7 +184,7 @@ def job_command(
     words = [sys.executable, "-m", "histodiffusion.app.reproduce", json.dumps(dict(config))]
     return shlex.join([*words, *filter(None, [name])])
 
-# %% ../../nbs/library/app/02_reproduce.ipynb #d42958c1
+# %% ../../nbs/library/app/02_reproduce.ipynb #adb1f3fb
 def snakemake_command(
     config_file, # JSON file with fields of Run
     cores:int, # processor cores to use, >= 1
@@ -190,10 +193,11 @@ def snakemake_command(
     "The command line that runs the Snakefile."
     root = load_settings().root
     words = ["--snakefile", root/"Snakefile", "--directory", root, "--cores", cores, "--configfile", config_file,
-             "--rerun-triggers", "mtime", "params", "--nolock", "--keep-incomplete", "--ignore-incomplete", "--quiet", "all"]
+             "--rerun-triggers", "mtime", "params", "--nolock", "--keep-incomplete", "--ignore-incomplete", "--quiet",
+             "all"]
     return [sys.executable, "-m", "snakemake", *map(str, words), *(["--forcerun", *force] if force else [])]
 
-# %% ../../nbs/library/app/02_reproduce.ipynb #60f7f69f
+# %% ../../nbs/library/app/02_reproduce.ipynb #9339eda1
 def _end(process):
     "End a process that was interrupted, and all that it started."
     for sign in (signal.SIGINT, signal.SIGKILL):
@@ -203,7 +207,8 @@ def _end(process):
 
 def _launch(run, jobs, cores):
     "Run the jobs that are not done; returns an exit code."
-    root, log = load_settings().root, load_settings().results_path/"logs"/f"snakemake-{run.profile}-{slug(run.target)}.log"
+    root, name = load_settings().root, f"snakemake-{run.profile}-{slug(run.target)}.log"
+    log = load_settings().results_path/"logs"/name
     log.parent.mkdir(parents=True, exist_ok=True)
     stale = tuple(j.name for j in jobs if not j.done and all((root/o).exists() for o in j.outputs))
     with tempfile.TemporaryDirectory() as scratch, open(log, "w") as err:
@@ -217,7 +222,7 @@ def _launch(run, jobs, cores):
     if code and not found: print("".join(log.read_text().splitlines(keepends=True)[-15:]), file=sys.stderr)
     return max(found, default=1) if code else 0
 
-# %% ../../nbs/library/app/02_reproduce.ipynb #54b4e344
+# %% ../../nbs/library/app/02_reproduce.ipynb #5bba1da9
 def show_results(
     run:Run,
 ) -> int: # exit code 0
@@ -228,13 +233,15 @@ def show_results(
     print(f"\n{'method':<34} ratio  accuracy   gain over real, points (95 %)")
     for r in rows:
         mean, low, high = (f"{100*float(r[f'gain_{k}'] or 'nan'):.1f}" for k in ("mean", "ci_low", "ci_high"))
-        print(f"{r['method']:<34} {float(r['ratio']):>4.0%}  {float(r['accuracy_mean']):>8.1%}   {mean:>5} ({low} to {high})")
+        ratio, accuracy = float(r["ratio"]), float(r["accuracy_mean"])
+        print(f"{r['method']:<34} {ratio:>4.0%}  {accuracy:>8.1%}   {mean:>5} ({low} to {high})")
     print(f"\nreport   {_path(run.results/'report.md')}\ntables   {_path(run.results)}\nfigures  {_path(run.figures)}\n"
           f"patches  {command_of(run, 'export')} --out synthetic")
-    if run.profile == "smoke": print("the smoke profile shows that the chain runs; its numbers mean little: use --profile small")
+    if run.profile == "smoke":
+        print("the smoke profile shows that the chain runs; its numbers mean little: use --profile small")
     return 0
 
-# %% ../../nbs/library/app/02_reproduce.ipynb #21dc6dea
+# %% ../../nbs/library/app/02_reproduce.ipynb #d637eda6
 def reproduce(
     run:Run,
     cores:int|None=None, # processor cores to use; None: all
@@ -254,7 +261,7 @@ def reproduce(
         if code := _launch(run, jobs, cores or available): return code
     return show_results(run)
 
-# %% ../../nbs/library/app/02_reproduce.ipynb #0a831bae
+# %% ../../nbs/library/app/02_reproduce.ipynb #d730f121
 def main(
     argv:list, # the plan's configuration as JSON, and the name of a job
 ) -> int: # exit code

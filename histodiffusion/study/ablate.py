@@ -8,7 +8,7 @@ __all__ = ['INTERVALS', 'ADAPTATION_MODES', 'AXES', 'ablation_labels', 'ablation
            'ablation_sampling', 'Adapter', 'measure_adaptation', 'adaptation_grid', 'ablation_adaptation', 'variant',
            'measure_variant', 'vary']
 
-# %% ../../nbs/library/study/09_ablate.ipynb #153b9fc8
+# %% ../../nbs/library/study/09_ablate.ipynb #b586b8f9
 import copy, functools, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from .steps import (
     Selector, draw_candidates, fine_tune, fit_classifier, read_labelled, read_split, unlabelled_latents)
 from .tables import read_correct
 
-# %% ../../nbs/library/study/09_ablate.ipynb #a5042838
+# %% ../../nbs/library/study/09_ablate.ipynb #12e11b95
 @dataclass(frozen=True)
 class Cell:
     "One way to sample."
@@ -50,7 +50,7 @@ class Cell:
     eta: float = 0. # DDIM's noise
     precision: str = "no" # of the networks
 
-# %% ../../nbs/library/study/09_ablate.ipynb #c68fa004
+# %% ../../nbs/library/study/09_ablate.ipynb #e1bd3a80
 INTERVALS = ((0, 1000), (0, 500), (0, 800), (200, 800), (500, 1000))
 
 def sampling_cells(
@@ -58,14 +58,16 @@ def sampling_cells(
 ) -> list: # of Cell
     "The grid of a run."
     c = settings
-    base = Cell("", c.scheduler, c.sampler_steps, c.guidance_scale, tuple(c.guidance_interval), eta=c.eta, precision=c.precision)
+    base = Cell("", c.scheduler, c.sampler_steps, c.guidance_scale, tuple(c.guidance_interval), eta=c.eta,
+                precision=c.precision)
     scales = [replace(base, axis="guidance scale", scale=s, classifier=k)
               for k in ("noise_aware", "clean") for s in c.ablation_scales]
-    samplers = [replace(base, axis="sampler", scheduler=n, steps=s) for n in c.ablation_schedulers for s in c.ablation_steps]
+    samplers = [replace(base, axis="sampler", scheduler=n, steps=s)
+                for n in c.ablation_schedulers for s in c.ablation_steps]
     intervals = [replace(base, axis="interval", interval=i) for i in INTERVALS]
     return scales + samplers + intervals + [replace(base, axis="early rejection", rejection=r) for r in (False, True)]
 
-# %% ../../nbs/library/study/09_ablate.ipynb #eba05402
+# %% ../../nbs/library/study/09_ablate.ipynb #0a82e3f5
 class Sampler:
     "The networks of a run, ready to sample any cell."
     def __init__(self,
@@ -90,7 +92,7 @@ def _train_clean(run, vae):
     latents = LabelledLatents(vae, labelled.images, labelled.labels, precision=run.settings.precision)
     return fit_classifier(run, latents, unet, "clean").model
 
-# %% ../../nbs/library/study/09_ablate.ipynb #4ba412ce
+# %% ../../nbs/library/study/09_ablate.ipynb #e9735240
 @patch
 def arguments(self:Sampler,
     cell:Cell,
@@ -108,10 +110,11 @@ def rejection(self:Sampler,
 ): # sampling.Rejection, None where the cell has none
     "Thresholds of early rejection, from a pilot sample and the selection rule of the run."
     if not cell.rejection: return None
-    accept = lambda pilot: self.selector(decode_latents(self.vae, pilot["latents"], precision=cell.precision), self.pilot)
+    decode = lambda pilot: decode_latents(self.vae, pilot["latents"], precision=cell.precision)
+    accept = lambda pilot: self.selector(decode(pilot), self.pilot)
     return calibrate_rejection(self.unet, self.pilot, accept, *self.arguments(cell, "pilot"), keep=keep)[0]
 
-# %% ../../nbs/library/study/09_ablate.ipynb #430142e4
+# %% ../../nbs/library/study/09_ablate.ipynb #5c3682cb
 def measure_cell(
     sampler:Sampler,
     measure:PatchQuality,
@@ -124,10 +127,11 @@ def measure_cell(
     seconds, good = time.perf_counter() - start, sampler.selector(s["images"], labels)
     every, accepted = measure(s["images"], labels), measure(s["images"][good], labels[good])
     return dict(**asdict(cell) | dict(interval="{}-{}".format(*cell.interval)), patches=len(good), drawn=s["drawn"],
-                evaluations_per_patch=s["evaluations"]/len(good), seconds=seconds, accepted_share=float(good.mean()),
-                accepted_per_second=float(good.sum())/seconds, **every, **{f"accepted_{k}": v for k, v in accepted.items()})
+                evaluations_per_patch=s["evaluations"]/len(good), seconds=seconds,
+                accepted_share=float(good.mean()), accepted_per_second=float(good.sum())/seconds,
+                **every, **{f"accepted_{k}": v for k, v in accepted.items()})
 
-# %% ../../nbs/library/study/09_ablate.ipynb #79c2470b
+# %% ../../nbs/library/study/09_ablate.ipynb #8b3a7227
 def _rows(folder, cells, measure, desc):
     "Rows of a grid, each measured once; `cells` maps a name to the arguments of `measure`."
     rows = []
@@ -137,7 +141,7 @@ def _rows(folder, cells, measure, desc):
         rows.append(read_json(path))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/library/study/09_ablate.ipynb #5ebb5eab
+# %% ../../nbs/library/study/09_ablate.ipynb #f221ee8d
 @stage("sampling_grid")
 def sampling_grid(run:Run, folder:Path):
     "Sample and measure every cell of the grid."
@@ -151,18 +155,20 @@ def sampling_grid(run:Run, folder:Path):
     write_table(pd.concat(reports), folder/"classifiers")
     return dict(images=len(cells)*len(sampler.labels))
 
-# %% ../../nbs/library/study/09_ablate.ipynb #811f364c
+# %% ../../nbs/library/study/09_ablate.ipynb #46862705
 @stage("ablation_sampling")
 def ablation_sampling(run:Run, folder:Path):
     "Write the tables of the sampling grid and draw its figures."
     grid = run.folder("sampling_grid")
     table, classifiers = pd.read_csv(grid/"grid.csv"), pd.read_csv(grid/"classifiers.csv")
-    write_table(table, run.results/"ablation_sampling", "One choice in sampling changed at a time; distances to validation patches.")
-    write_table(classifiers, run.results/"ablation_classifier", "Latent classifiers on validation latents, by noise level.")
+    write_table(table, run.results/"ablation_sampling",
+                "One choice in sampling changed at a time; distances to validation patches.")
+    write_table(classifiers, run.results/"ablation_classifier",
+                "Latent classifiers on validation latents, by noise level.")
     save_figure(figures.plot_ablation(table, classifiers), run.figures/"ablation_sampling")
     save_figure(figures.plot_quality_seconds(table), run.figures/"quality_seconds")
 
-# %% ../../nbs/library/study/09_ablate.ipynb #9ff70c29
+# %% ../../nbs/library/study/09_ablate.ipynb #4ea3f780
 ADAPTATION_MODES = ("guidance_only", "labelled_whole", "labelled_lora", "training_whole")
 
 class Adapter:
@@ -184,7 +190,7 @@ class Adapter:
             fit_classifier(self.run, self.latents(fraction), self.prior).model.save_pretrained(path)
         return LatentClassifier.from_pretrained(path)
 
-# %% ../../nbs/library/study/09_ablate.ipynb #5641a79a
+# %% ../../nbs/library/study/09_ablate.ipynb #a08ca918
 @patch
 def unet(self:Adapter,
     mode:str, # one of ADAPTATION_MODES
@@ -201,7 +207,7 @@ def unet(self:Adapter,
                   path.with_name(f"{path.name}-training"), mode).model.save_pretrained(path)
     return UNet2DModel.from_pretrained(path)
 
-# %% ../../nbs/library/study/09_ablate.ipynb #aed7969e
+# %% ../../nbs/library/study/09_ablate.ipynb #448a2d2e
 def measure_adaptation(
     adapter:Adapter,
     measure:PatchQuality,
@@ -214,18 +220,20 @@ def measure_adaptation(
     s = draw_candidates(run.settings, adapter.vae, adapter.unet(mode, fraction), adapter.classifier(fraction), labels,
                         derive_seed("adaptation", run.seed))
     trained_on = read_split(run, "train").images if mode.startswith("training") else labelled.images
-    copies = near_copies(encode_images(encoder, s["images"]), encode_images(encoder, trained_on), measure.real[encoder.name])
+    drawn, known = (encode_images(encoder, x) for x in (s["images"], trained_on))
+    copies = near_copies(drawn, known, measure.real[encoder.name])
     return dict(adaptation=mode, label_fraction=fraction, labels=len(labelled), patches=len(labels),
                 near_copy_share=copies["share"], nearest_median=copies["median_synthetic"],
                 nearest_median_validation=copies["median_held_out"], **measure(s["images"], labels))
 
-# %% ../../nbs/library/study/09_ablate.ipynb #32ef3aeb
+# %% ../../nbs/library/study/09_ablate.ipynb #cbadcbf4
 @stage("adaptation_grid")
 def adaptation_grid(run:Run, folder:Path):
     "Adapt the prior in every way at every label fraction, sample, and measure."
     adapter, measure = Adapter(run, folder), PatchQuality(run)
     cells = {f"{m}-{f:g}": (m, f) for f in run.settings.ablation_fractions for m in ADAPTATION_MODES}
-    write_table(_rows(folder, cells, functools.partial(measure_adaptation, adapter, measure), "adaptations"), folder/"grid")
+    rows = _rows(folder, cells, functools.partial(measure_adaptation, adapter, measure), "adaptations")
+    write_table(rows, folder/"grid")
 
 @stage("ablation_adaptation")
 def ablation_adaptation(run:Run, folder:Path):
@@ -235,7 +243,7 @@ def ablation_adaptation(run:Run, folder:Path):
                 "Ways to adapt the prior, by label fraction; distances to validation patches.")
     save_figure(figures.plot_adaptation(table), run.figures/"ablation_adaptation")
 
-# %% ../../nbs/library/study/09_ablate.ipynb #7cfa23e6
+# %% ../../nbs/library/study/09_ablate.ipynb #88c96876
 def variant(
     run:Run,
     pretrain_sets:tuple|None=None, # None: those of the run
@@ -256,7 +264,7 @@ def measure_variant(
     rows = pd.concat([pd.read_csv(r.folder("augment")/"rows.csv") for r in runs], ignore_index=True)
     return summarise_methods(rows, read_correct([("augment", r) for r in runs]))
 
-# %% ../../nbs/library/study/09_ablate.ipynb #cb4eb176
+# %% ../../nbs/library/study/09_ablate.ipynb #dd16e481
 def _one(run, **change):
     "A variant that is trained at one ratio alone; the run itself where nothing changes."
     same = variant(run, **change).key("augment") == run.key("augment")
@@ -273,7 +281,7 @@ def _selection(run):
               for t in sorted({*c.ablation_thresholds, c.selection_threshold})]
     return rules + limits + [("targets", t, _one(run, synthetic_targets=t)) for t in ("class", "teacher")]
 
-# %% ../../nbs/library/study/09_ablate.ipynb #8553d371
+# %% ../../nbs/library/study/09_ablate.ipynb #7e1d9606
 def _from_published(run):
     "Numbers of sets for a run with a published prior: none, those of the prior as it is, and those of the run too."
     sets = prior_sets(run)
@@ -291,7 +299,7 @@ def _pretraining(run):
     counts = [("pre-training sets", k, r) for k, r in counts.items()]
     return [v for axis in (pools, counts) if len(axis) > 1 for v in axis] or pools
 
-# %% ../../nbs/library/study/09_ablate.ipynb #5a678e40
+# %% ../../nbs/library/study/09_ablate.ipynb #b8b51e2d
 def _ratio(run):
     "One run with enough candidates for the largest ratio, about half of which pass."
     c, labels = run.settings, np.bincount(read_labelled(run.with_seed(run.settings.seeds[0])).labels)
@@ -314,7 +322,7 @@ def _backbone(run):
     rest = [("backbone", n, _one(run, backbone=n, backbone_lr=1e-3)) for n in others]
     return [("backbone", c.backbone, run), *rest, ("backbone", ENCODER, functools.partial(_packaged, run))]
 
-# %% ../../nbs/library/study/09_ablate.ipynb #531b03de
+# %% ../../nbs/library/study/09_ablate.ipynb #e4de6c64
 AXES = dict(labels=_labels, pretraining=_pretraining, selection=_selection, ratio=_ratio, backbone=_backbone)
 
 def _by_ratio(table):
@@ -331,14 +339,16 @@ def vary(
     tables = []
     for axis, value, changed in progress(AXES[name](run), desc=name, unit="variant"):
         table = measure_variant(changed) if isinstance(changed, Run) else changed()
-        table = _by_ratio(table) if value is None else table[table.ratio.isin([0, run.settings.ratio])].assign(value=value)
+        if value is None: table = _by_ratio(table)
+        else: table = table[table.ratio.isin([0, run.settings.ratio])].assign(value=value)
         tables.append(table.assign(axis=axis))
     table = pd.concat(tables)[["axis", "value", *TABLE_COLUMNS]]
-    write_table(table, run.results/f"ablation_{name}", "One choice of the run changed at a time; all else as in Table 1.")
+    write_table(table, run.results/f"ablation_{name}",
+                "One choice of the run changed at a time; all else as in Table 1.")
     save_figure(figures.plot_variants(table), run.figures/f"ablation_{name}")
     return table
 
-# %% ../../nbs/library/study/09_ablate.ipynb #b0bc9346
+# %% ../../nbs/library/study/09_ablate.ipynb #1255812a
 def _vary_stage(name):
     "The stage that varies one choice of the whole run."
     @stage(f"ablation_{name}")

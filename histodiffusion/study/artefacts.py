@@ -6,7 +6,7 @@
 __all__ = ['commit_of', 'made_with', 'provenance', 'Attempt', 'stage_folder', 'check_leakage', 'command_of', 'stage', 'as_made',
            'make_stage', 'remove_stage']
 
-# %% ../../nbs/library/study/05_artefacts.ipynb #18c93967
+# %% ../../nbs/library/study/05_artefacts.ipynb #6d0334ce
 import contextlib, errno, functools, importlib, importlib.metadata, os, platform, shlex, shutil, subprocess, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from .prior import is_published
 from .run import Run, prior_sets
 from .stages import STAGES, downstream_of, stage_settings, upstream_of
 
-# %% ../../nbs/library/study/05_artefacts.ipynb #2345351b
+# %% ../../nbs/library/study/05_artefacts.ipynb #fff0edb2
 def _git(root, *args):
     "Output of a git command, or None."
     try: done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=20)
@@ -34,7 +34,7 @@ def commit_of(
     changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!figures")
     return dict(commit=commit, dirty=bool(changed))
 
-# %% ../../nbs/library/study/05_artefacts.ipynb #0224ed24
+# %% ../../nbs/library/study/05_artefacts.ipynb #3619670c
 _PACKAGES = ("torch", "diffusers", "timm", "accelerate", "numpy", "scikit-learn", "histodiffusion")
 
 def made_with() -> dict: # commit, dirty, versions, machine, date
@@ -45,7 +45,7 @@ def made_with() -> dict: # commit, dirty, versions, machine, date
     return dict(**commit_of(load_settings().root), machine=machine(), versions=versions,
                 date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
-# %% ../../nbs/library/study/05_artefacts.ipynb #a3564a11
+# %% ../../nbs/library/study/05_artefacts.ipynb #46cca0ff
 def provenance(
     run:Run,
     stage:str, # name in STAGES
@@ -63,7 +63,7 @@ def provenance(
                 data={s: run.fingerprint(s) for s in sets}, inputs=inputs, parameters=run.parameters,
                 settings=settings, seconds=round(seconds, 2), peak_memory_mib=peak_memory(), **made_with())
 
-# %% ../../nbs/library/study/05_artefacts.ipynb #ed321301
+# %% ../../nbs/library/study/05_artefacts.ipynb #c543ab8c
 @dataclass
 class Attempt:
     "One attempt at making a stage."
@@ -71,7 +71,7 @@ class Attempt:
     done: bool # whether it is complete already
     work: dict = field(default_factory=dict) # what the stage did, for its record
 
-# %% ../../nbs/library/study/05_artefacts.ipynb #fd50e87c
+# %% ../../nbs/library/study/05_artefacts.ipynb #f87d5b30
 @contextlib.contextmanager
 def _locked(path, stage):
     "Hold a lock; say so where another process holds it."
@@ -91,7 +91,7 @@ def _earlier_seconds(clock, folder):
     written = [p.stat().st_mtime for p in folder.rglob("*") if p.is_file()] if folder and c["started"] else []
     return c["seconds"] + max(0., max(written, default=0) - (c["started"] or 0))
 
-# %% ../../nbs/library/study/05_artefacts.ipynb #c47169d1
+# %% ../../nbs/library/study/05_artefacts.ipynb #a9bc1eb9
 @contextlib.contextmanager
 def stage_folder(
     run:Run,
@@ -108,7 +108,7 @@ def stage_folder(
         yield attempt
         if not attempt.done: write_json(run.record(stage), provenance(run, stage, seconds(), attempt.work))
 
-# %% ../../nbs/library/study/05_artefacts.ipynb #69001c9c
+# %% ../../nbs/library/study/05_artefacts.ipynb #35c983ba
 @contextlib.contextmanager
 def _timed(run, stage, clock):
     "Keep the wall time of a stage over attempts; a full disk becomes a sentence with the remedy."
@@ -126,7 +126,7 @@ def _timed(run, stage, clock):
         raise HistoDiffusionError(f"The disk is full, and stage '{stage}' could not write {folder}: free some space "
                                   "and give the same command again, which continues where this one stopped.") from e
 
-# %% ../../nbs/library/study/05_artefacts.ipynb #91c728b2
+# %% ../../nbs/library/study/05_artefacts.ipynb #83e8e3ef
 def check_leakage(
     run:Run,
 ):
@@ -151,7 +151,7 @@ def _refuse_repeats(run, sets):
     elif len(leaks):
         print(f"continuing although {len(leaks)} pairs of patches are in the pool and in '{run.target}': {path}")
 
-# %% ../../nbs/library/study/05_artefacts.ipynb #7f734d08
+# %% ../../nbs/library/study/05_artefacts.ipynb #60a250e4
 def command_of(
     run:Run,
     command:str, # subcommand of `histodiffusion`
@@ -168,7 +168,7 @@ def command_of(
     flags = ("skip_corrupt", "allow_leakage", "skip_leaks")
     return shlex.join(words + [f"--{f.replace('_', '-')}" for f in flags if getattr(run, f)])
 
-# %% ../../nbs/library/study/05_artefacts.ipynb #e200cbe0
+# %% ../../nbs/library/study/05_artefacts.ipynb #1b0f93d6
 def stage(
     name:str, # in STAGES
 ):
@@ -185,7 +185,7 @@ def stage(
         return make
     return decorate
 
-# %% ../../nbs/library/study/05_artefacts.ipynb #5e25b6c2
+# %% ../../nbs/library/study/05_artefacts.ipynb #636cd489
 def as_made(
     run:Run,
     stage:str, # name in STAGES
@@ -202,7 +202,7 @@ def _check_inputs(run, stage):
                                       f"'{command_of(r, STAGES[upstream].command)}' first.")
     if "pretraining" in {STAGES[s].data for s in upstream_of(stage)}: check_leakage(run)
 
-# %% ../../nbs/library/study/05_artefacts.ipynb #d0e76584
+# %% ../../nbs/library/study/05_artefacts.ipynb #4be75028
 def make_stage(
     run:Run,
     stage:str, # name in STAGES
@@ -212,7 +212,7 @@ def make_stage(
         if not r.done(upstream): make_stage(r, upstream)
     return getattr(importlib.import_module(f"histodiffusion.study.{STAGES[stage].module}"), stage)(run)
 
-# %% ../../nbs/library/study/05_artefacts.ipynb #b0fcbc38
+# %% ../../nbs/library/study/05_artefacts.ipynb #a80131ab
 def remove_stage(
     run:Run,
     stage:str, # name in STAGES

@@ -6,7 +6,8 @@
 __all__ = ['GENERATORS', 'UPPER_BOUNDS', 'ENCODER', 'baselines', 'read_baseline', 'upper_bounds', 'compare', 'oracle',
            'load_oracle', 'PatchQuality', 'synthetic_sets', 'quality']
 
-# %% ../../nbs/library/study/07_compare.ipynb #45fc2a69
+# %% ../../nbs/library/study/07_compare.ipynb #8bc35008
+import functools
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -34,7 +35,7 @@ from .steps import (
     Selector, backbone_config, chosen_patches, load_backbone, measure_methods, ratios_of, read_labelled, read_split,
     read_unlabelled, synthetic_counts, training_work, with_patches)
 
-# %% ../../nbs/library/study/07_compare.ipynb #2dda01a9
+# %% ../../nbs/library/study/07_compare.ipynb #7cb99a2f
 def _draw_gan(run, labelled, labels, folder):
     "Candidates of a GAN, and the work of training it."
     c, seed = run.settings, derive_seed("gan", run.seed)
@@ -43,7 +44,7 @@ def _draw_gan(run, labelled, labels, folder):
     gan = train_gan(labelled.images, labelled.labels, len(labelled.classes), config, folder=folder/"gan")
     return sample_gan(gan.model, labels, seed), gan.seconds
 
-# %% ../../nbs/library/study/07_compare.ipynb #ec306eff
+# %% ../../nbs/library/study/07_compare.ipynb #4dc74feb
 def _draw_conditional(run, labelled, labels, folder, pretrained):
     "Candidates of a class-conditional diffusion model, fine-tuned from the prior or trained from random weights."
     c, seed = run.settings, derive_seed("told", run.seed)  # the names of seeds stay, so that results do
@@ -62,7 +63,7 @@ def _draw_conditional(run, labelled, labels, folder, pretrained):
     drawn = synthesize_patches(fitted.model, vae, labels, ClassifierFreeGuidance(c.cfg_scale), sampler)
     return drawn["images"], fitted.seconds
 
-# %% ../../nbs/library/study/07_compare.ipynb #406fb484
+# %% ../../nbs/library/study/07_compare.ipynb #182242a8
 GENERATORS = dict(gan=_draw_gan, ldm_labels_only=lambda *a: _draw_conditional(*a, pretrained=False),
                   classifier_free_guidance=lambda *a: _draw_conditional(*a, pretrained=True))
 
@@ -78,7 +79,7 @@ def baselines(run:Run, folder:Path):
     drawn, seen = len(GENERATORS)*len(labels), 32*c.gan_steps + 2*c.conditional_steps*c.diffusion_batch
     return dict(steps=c.gan_steps + 2*c.conditional_steps, images=seen + drawn)
 
-# %% ../../nbs/library/study/07_compare.ipynb #ffa4963d
+# %% ../../nbs/library/study/07_compare.ipynb #4df2bad1
 def read_baseline(
     run:Run,
     name:str, # a key of GENERATORS
@@ -87,7 +88,7 @@ def read_baseline(
     s = load_tensors(run.folder("baselines")/f"{name}.safetensors")
     return s["images"].numpy(), s["labels"].numpy()
 
-# %% ../../nbs/library/study/07_compare.ipynb #5fcb7ab3
+# %% ../../nbs/library/study/07_compare.ipynb #3deb11fb
 UPPER_BOUNDS = dict(upper_bound_pseudo_labels=False, upper_bound_true_labels=True)  # whether true labels are used
 
 def upper_bounds(
@@ -106,7 +107,7 @@ def upper_bounds(
         i = selector.best(labels, wanted, evidence)
     return (rest.images[i], labels[i]) if len(i) else (None, None)
 
-# %% ../../nbs/library/study/07_compare.ipynb #3321d92a
+# %% ../../nbs/library/study/07_compare.ipynb #5b9218f0
 ENCODER = "efficientnet_lite0"  # the packaged one
 
 def _probe(run, features):
@@ -116,28 +117,29 @@ def _probe(run, features):
     return lambda images: linear_probe(train, labelled.labels, features(images), len(labelled.classes), run.seed)
 
 def _without_patches(run):
-    "Classifiers that add no patches: colour alone, and the packaged encoder, frozen and fine-tuned."
+    "Classifiers that add no patches: linear probes of colour alone and of the packaged encoder."
     encoder = load_encoder(ENCODER)
-    probes = {f"colour_{kind}": _probe(run, lambda x, kind=kind: colour_features(x, kind)) for kind in ("mean", "histogram")}
-    probes["frozen_encoder"] = _probe(run, lambda x: encode_images(encoder, x))
-    return {(name, 0.): probe for name, probe in probes.items()}
+    features = {f"colour_{kind}": functools.partial(colour_features, kind=kind) for kind in ("mean", "histogram")}
+    features["frozen_encoder"] = functools.partial(encode_images, encoder)
+    return {(name, 0.): _probe(run, f) for name, f in features.items()}
 
-# %% ../../nbs/library/study/07_compare.ipynb #b8d47154
+# %% ../../nbs/library/study/07_compare.ipynb #16c13d44
 @stage("compare")
 def compare(run:Run, folder:Path):
-    "Test classifiers trained on the baselines' patches, on real ones in their place, on colour, and on the packaged encoder."
+    "Test classifiers of the baselines' patches, of real ones in their place, of colour, and of the packaged encoder."
     c, ratio = run.settings, run.settings.ratio
     methods = {(n, ratio): with_patches(run, read_baseline(run, n), desc=f"backbone ({n})") for n in GENERATORS}
     for (name, true), r in product(UPPER_BOUNDS.items(), sorted({ratio, ratios_of(c)[-1]})):
         if (extra := upper_bounds(run, r, true))[0] is not None:
-            methods[name, r] = with_patches(run, extra, desc=f"backbone ({name}, {r:.0%})", targets="class" if true else None)
+            targets = "class" if true else None
+            methods[name, r] = with_patches(run, extra, desc=f"backbone ({name}, {r:.0%})", targets=targets)
     methods |= _without_patches(run)
     tuned = replace(backbone_config(run), name=ENCODER, learning_rate=c.encoder_lr)
     for name, r, extra in (("", 0., (None, None)), ("_histodiffusion", ratio, chosen_patches(run))):
         methods[f"finetuned_encoder{name}", r] = with_patches(run, extra, tuned, f"finetuned encoder{name}")
     return measure_methods(run, folder, methods)
 
-# %% ../../nbs/library/study/07_compare.ipynb #37bc2be4
+# %% ../../nbs/library/study/07_compare.ipynb #fc44a696
 @stage("oracle")
 def oracle(run:Run, folder:Path):
     "Train a classifier on all training labels, to measure synthetic patches with; no method uses it."
@@ -158,7 +160,7 @@ def load_oracle(
     net.load_state_dict(load_tensors(run.folder("oracle")/"oracle.safetensors"))
     return net.eval()
 
-# %% ../../nbs/library/study/07_compare.ipynb #7c6430d2
+# %% ../../nbs/library/study/07_compare.ipynb #bfc0873c
 class PatchQuality:
     "Measures synthetic patches: classes by the oracle, distances to validation patches by published encoders."
     def __init__(self,
@@ -178,7 +180,7 @@ class PatchQuality:
         correct = float((predict(self.oracle, images).argmax(1) == targets).mean())
         return dict(class_accuracy=correct, **image_quality(self.features(images), self.real))
 
-# %% ../../nbs/library/study/07_compare.ipynb #ec37943b
+# %% ../../nbs/library/study/07_compare.ipynb #141e8f0f
 def synthetic_sets(
     run:Run,
 ) -> dict: # method -> (M, H, W, C) uint8 patches and (M,) labels
@@ -188,7 +190,7 @@ def synthetic_sets(
     sets |= {f"histodiffusion_{kind}": chosen_patches(run, kind) for kind in ("random", "selected")}
     return {n: s for n, s in sets.items() if s[0] is not None}
 
-# %% ../../nbs/library/study/07_compare.ipynb #c3172ee5
+# %% ../../nbs/library/study/07_compare.ipynb #d0d08a96
 def _accuracy_score(run, method, images, labels):
     "Validation accuracy of a backbone trained on a method's patches alone."
     validation, k = read_split(run, "validation"), len(read_labelled(run).classes)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['published_prior', 'is_published', 'settings_of_prior']
 
-# %% ../../nbs/library/study/03_prior.ipynb #42104c56
+# %% ../../nbs/library/study/03_prior.ipynb #8e649242
 from ..core import HistoDiffusionError, load_settings, read_json
 from .profiles import Profile
 from .stages import PRIOR_STAGES
 
-# %% ../../nbs/library/study/03_prior.ipynb #036bb36e
+# %% ../../nbs/library/study/03_prior.ipynb #a7367418
 def published_prior(
     name:str, # folder in results/weights
 ) -> tuple: # its folder, and the provenance of its diffusion model
@@ -23,7 +23,7 @@ def published_prior(
                                   "leave it out to train one.")
     return known[name], read_json(known[name]/"diffusion"/"provenance.json")
 
-# %% ../../nbs/library/study/03_prior.ipynb #f82130f5
+# %% ../../nbs/library/study/03_prior.ipynb #c660d210
 def is_published(
     settings:Profile, # of a run
     stage:str, # name in STAGES
@@ -32,7 +32,7 @@ def is_published(
     continued = settings.prior_steps > 0 or settings.prior_part != "whole"
     return bool(settings.prior) and stage in (("autoencoder",) if continued else PRIOR_STAGES)
 
-# %% ../../nbs/library/study/03_prior.ipynb #7e58fb02
+# %% ../../nbs/library/study/03_prior.ipynb #f8b9f8ae
 _FREE = ("precision", "prior", "prior_part", "prior_steps")
 _FREE_IN_TRAINING = ("pretrain_patches", "diffusion_steps", "diffusion_batch", "diffusion_lr", "min_snr_gamma")
 

@@ -7,7 +7,7 @@ __all__ = ['Count', 'CountOrZero', 'Positive', 'PositiveOrZero', 'Share', 'Share
            'DataSettings', 'AutoencoderSettings', 'PriorSettings', 'AdaptationSettings', 'SamplingSettings',
            'BackboneSettings', 'BaselineSettings', 'AblationSettings', 'Expected', 'Profile', 'get_profile']
 
-# %% ../../nbs/library/study/01_profiles.ipynb #a05bf30a
+# %% ../../nbs/library/study/01_profiles.ipynb #db41fb60
 import difflib
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Literal
@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from ..core import HistoDiffusionError
 from ..measure.selection import RULES
 
-# %% ../../nbs/library/study/01_profiles.ipynb #1b28e852
+# %% ../../nbs/library/study/01_profiles.ipynb #0d6c8e5e
 Count = Annotated[int, Field(gt=0)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -27,7 +27,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 ShareAboveZero = Annotated[float, Field(gt=0, le=1)]
 Time = Annotated[int, Field(ge=0, le=1000)]
 
-# %% ../../nbs/library/study/01_profiles.ipynb #d9ba0252
+# %% ../../nbs/library/study/01_profiles.ipynb #4439d3b1
 @dataclass(frozen=True)
 class DataSettings:
     "Data and labels."
@@ -37,7 +37,7 @@ class DataSettings:
     label_fraction: ShareAboveZero = .1 # share of the training labels that is used, > 0, <= 1
     seeds: tuple[CountOrZero, ...] = (0, 1) # repeats, >= 0; each draws its own labelled patches
 
-# %% ../../nbs/library/study/01_profiles.ipynb #e44aec19
+# %% ../../nbs/library/study/01_profiles.ipynb #7bec5189
 @dataclass(frozen=True)
 class AutoencoderSettings:
     "The autoencoder (first stage)."
@@ -60,7 +60,7 @@ class AutoencoderSettings:
     roughness_weight: PositiveOrZero = .08 # weight of the penalty on rough latents, >= 0
     latent_noise: PositiveOrZero = 2. # largest noise added to latents in training, in their standard deviations, >= 0
 
-# %% ../../nbs/library/study/01_profiles.ipynb #b13dc63d
+# %% ../../nbs/library/study/01_profiles.ipynb #f86e1a7e
 @dataclass(frozen=True)
 class PriorSettings:
     "The diffusion prior, trained without labels."
@@ -73,7 +73,7 @@ class PriorSettings:
     diffusion_batch: Count = 32 # latents per step, > 0
     diffusion_lr: Positive = 1e-3 # peak learning rate, > 0
 
-# %% ../../nbs/library/study/01_profiles.ipynb #0f4917ef
+# %% ../../nbs/library/study/01_profiles.ipynb #77894bdd
 @dataclass(frozen=True)
 class AdaptationSettings:
     "Adaptation to the labelled set."
@@ -87,7 +87,7 @@ class AdaptationSettings:
     classifier_lr: Positive = 5e-4 # peak learning rate, > 0
     classifier_mode: Literal["noise_aware", "clean"] = "noise_aware" # clean: t = 0 only, as in the reference code
 
-# %% ../../nbs/library/study/01_profiles.ipynb #11089629
+# %% ../../nbs/library/study/01_profiles.ipynb #90985036
 @dataclass(frozen=True)
 class SamplingSettings:
     "Sampling with classifier guidance, and selection."
@@ -102,7 +102,7 @@ class SamplingSettings:
     selection_threshold: ShareAboveZero = .5 # lowest posterior of the target class that is kept, > 0, <= 1
     selection_diversity: PositiveOrZero = 0. # least distance of kept patches, in spacings of real ones; 0: none
 
-# %% ../../nbs/library/study/01_profiles.ipynb #49b677d9
+# %% ../../nbs/library/study/01_profiles.ipynb #6cf9cfd4
 @dataclass(frozen=True)
 class BackboneSettings:
     "The backbone classifier, and the teacher that selects patches for it."
@@ -119,7 +119,7 @@ class BackboneSettings:
     ratios: tuple[Positive, ...] = (.5, 1.) # ratios to compare, with random and with selected patches
     precision: Literal["no", "bf16", "fp16", "auto"] = "no" # mixed precision; auto: bf16 where it is faster
 
-# %% ../../nbs/library/study/01_profiles.ipynb #c5bb47f7
+# %% ../../nbs/library/study/01_profiles.ipynb #b7fc60a4
 @dataclass(frozen=True)
 class BaselineSettings:
     "Baselines, and the oracle that measures synthetic patches."
@@ -134,7 +134,7 @@ class BaselineSettings:
     oracle_steps: Count = 50 # optimiser steps, > 0
     oracle_lr: Positive = 4e-3 # peak learning rate, > 0
 
-# %% ../../nbs/library/study/01_profiles.ipynb #151533d3
+# %% ../../nbs/library/study/01_profiles.ipynb #b17a149f
 @dataclass(frozen=True)
 class AblationSettings:
     "Grids of the ablations."
@@ -152,11 +152,11 @@ class AblationSettings:
     ablation_ratios: tuple[Positive, ...] = (1.5,) # further ratios of synthetic to real patches
     ablation_backbones: tuple[str, ...] = ("test_vit",) # further backbones, besides the packaged encoder
 
-# %% ../../nbs/library/study/01_profiles.ipynb #aa8d8761
+# %% ../../nbs/library/study/01_profiles.ipynb #ee0ed8b1
 SECTIONS = (DataSettings, AutoencoderSettings, PriorSettings, AdaptationSettings, SamplingSettings, BackboneSettings,
             BaselineSettings, AblationSettings)
 
-# %% ../../nbs/library/study/01_profiles.ipynb #f587c661
+# %% ../../nbs/library/study/01_profiles.ipynb #d356d07d
 @dataclass(frozen=True)
 class Expected:
     "The accuracies that a run should reach, and how the run that reached them was made."
@@ -164,7 +164,7 @@ class Expected:
     overrides: dict = field(default_factory=dict) # settings that were changed
     sets: tuple = () # pre-training sets; (): the default for the target
 
-# %% ../../nbs/library/study/01_profiles.ipynb #da83143e
+# %% ../../nbs/library/study/01_profiles.ipynb #f29bfcbe
 @checked_dataclass(frozen=True)
 class Profile(*reversed(SECTIONS)):
     "All settings of a run."
@@ -179,7 +179,7 @@ class Profile(*reversed(SECTIONS)):
     def __post_init__(self):
         for problem in _problems(self): raise ValueError(problem)
 
-# %% ../../nbs/library/study/01_profiles.ipynb #31f580cf
+# %% ../../nbs/library/study/01_profiles.ipynb #1e92175e
 def _problems(p):
     "What is wrong with a combination of settings, one sentence each."
     halvings = len(p.autoencoder_channels) + len(p.unet_channels) - 1
@@ -196,7 +196,7 @@ def _problems(p):
             p.image_size % 2**max(halvings, 0)}
     return [sentence for sentence, found in wrong.items() if found]
 
-# %% ../../nbs/library/study/01_profiles.ipynb #7f95b0d5
+# %% ../../nbs/library/study/01_profiles.ipynb #9a558a4c
 _OPEN_SETS = ("pcam", "breakhis", "nct-crc-he")
 _OTHER_SETS = ("lc25000", "monuseg", "tcga-ut")
 _SMALL_EXPECTED = {
@@ -207,7 +207,7 @@ _SMALL_EXPECTED = {
         {"real@0": (.815, .03), "histodiffusion_selected@1": (.800, .03), "histodiffusion_selected@3": (.826, .03)},
         dict(start_time=450, samples_per_class=480, ratios=(1., 3.)), (*_OPEN_SETS, "kather2016-colour", *_OTHER_SETS))}
 
-# %% ../../nbs/library/study/01_profiles.ipynb #05160cd3
+# %% ../../nbs/library/study/01_profiles.ipynb #05e821fd
 _SMALL = dict(
     name="small", description="real tissue on two CPU cores; hours", expected=_SMALL_EXPECTED,
     image_size=64, pretrain_patches=30_000, label_fraction=.05, seeds=(0, 1, 2),
@@ -223,7 +223,7 @@ _SMALL = dict(
     ablation_schedulers=("ddim", "ddpm", "dpmpp", "unipc"), ablation_fractions=(.02, .05), ablation_finetune_steps=150,
     ablation_labels=(.01, .2), ablation_pools=(3000,), ablation_ratios=(3., 10.), ablation_backbones=("test_resnet",))
 
-# %% ../../nbs/library/study/01_profiles.ipynb #deb43e6f
+# %% ../../nbs/library/study/01_profiles.ipynb #99fdc49a
 _GPU = _SMALL | dict(
     name="gpu", description="one GPU; tried as far as the candidates, its patches not yet tested", expected={},
     seeds=(0, 1, 2, 3, 4), pretrain_patches=60_000,
@@ -232,7 +232,7 @@ _GPU = _SMALL | dict(
     finetune_steps=200, finetune_lr=4e-4, conditional_steps=200, samples_per_class=480, ratios=(1., 3.),
     ablation_pools=(), ablation_sets=(0,))
 
-# %% ../../nbs/library/study/01_profiles.ipynb #78dc00b6
+# %% ../../nbs/library/study/01_profiles.ipynb #ef5e7e84
 _PAPER = _GPU | dict(
     name="paper", description="the reference's published sizes, several GPU days; untried",
     image_size=256, pretrain_patches=1_000_000,
@@ -245,12 +245,12 @@ _PAPER = _GPU | dict(
     backbone="vit_small_patch16_224", backbone_steps=20_000, backbone_batch=64,
     teacher="vit_small_patch16_224", teacher_steps=20_000, teacher_lr=1e-3, ratios=(.5, 1., 2., 3.))
 
-# %% ../../nbs/library/study/01_profiles.ipynb #66650243
+# %% ../../nbs/library/study/01_profiles.ipynb #fdc817ac
 _SMOKE = {"phantom:target": Expected({"real@0": (.685, .06), "histodiffusion_selected@1": (.667, .06)})}
 PROFILES: dict[str, Profile] = {
     p.name: p for p in (Profile(expected=_SMOKE), Profile(**_SMALL), Profile(**_GPU), Profile(**_PAPER))}
 
-# %% ../../nbs/library/study/01_profiles.ipynb #950d63c1
+# %% ../../nbs/library/study/01_profiles.ipynb #6660caea
 def get_profile(
     name:str="smoke", # smoke, small, gpu or paper
     **overrides, # settings to change, by name
@@ -263,7 +263,7 @@ def get_profile(
     except ValidationError as e:
         raise HistoDiffusionError(f"Profile '{name}' cannot run: {'; '.join(map(_sentence, e.errors()))}.") from None
 
-# %% ../../nbs/library/study/01_profiles.ipynb #1556fe1a
+# %% ../../nbs/library/study/01_profiles.ipynb #b115effc
 def _check_names(overrides):
     "Refuse unknown settings, naming the nearest one."
     known = list(PROFILES["smoke"].settings())

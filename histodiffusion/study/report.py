@@ -6,7 +6,7 @@
 __all__ = ['interval', 'verdict', 'gain_sentences', 'cost_sentence', 'safety_sentences', 'compare_expected', 'report_head',
            'report']
 
-# %% ../../nbs/library/study/10_report.ipynb #48dd12b1
+# %% ../../nbs/library/study/10_report.ipynb #4ff23c13
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +15,9 @@ import pandas as pd
 
 from ..core import write_text
 from .artefacts import command_of, stage
-from .compare import UPPER_BOUNDS
 from .run import Run, prior_sets
 
-# %% ../../nbs/library/study/10_report.ipynb #ec97c568
+# %% ../../nbs/library/study/10_report.ipynb #ccf31e91
 def interval(
     row, # of Table 1
     column:str="gain", # or 'gain_std', over standard augmentation
@@ -32,11 +31,12 @@ def verdict(
 ) -> str: # 'Yes', 'No, it harms', or that it is not shown
     "Whether synthetic patches helped."
     if np.isnan(row.gain_ci_low): return "Not known: one seed has no interval"
-    return "Yes" if row.gain_ci_low > 0 else "No, it harms" if row.gain_ci_high < 0 else "Not shown: the interval includes zero"
+    if row.gain_ci_low > 0: return "Yes"
+    return "No, it harms" if row.gain_ci_high < 0 else "Not shown: the interval includes zero"
 
-# %% ../../nbs/library/study/10_report.ipynb #b6e67d9a
-_BOUND = dict(zip(UPPER_BOUNDS, ("with pseudo-labels and the same selection (an upper bound for any unlabelled generator)",
-                                 "with their true labels")))
+# %% ../../nbs/library/study/10_report.ipynb #8fc07107
+_BOUND = dict(upper_bound_true_labels="with their true labels", upper_bound_pseudo_labels=
+              "with pseudo-labels and the same selection (an upper bound for any unlabelled generator)")
 
 def _bounds(table):
     "What real patches in place of synthetic ones give."
@@ -44,9 +44,10 @@ def _bounds(table):
     rows = rows[rows.ratio == rows.ratio.max()]
     if rows.empty: return []
     parts = [f"{_BOUND[r.method]} {interval(r._asdict())}" for r in rows.itertuples()]
-    return [f"Real patches in place of synthetic ones, {rows.ratio.max():.0%} of the labelled ones: {'; '.join(parts)}."]
+    return [f"Real patches in place of synthetic ones, {rows.ratio.max():.0%} of the labelled ones: "
+            f"{'; '.join(parts)}."]
 
-# %% ../../nbs/library/study/10_report.ipynb #0d735ac1
+# %% ../../nbs/library/study/10_report.ipynb #4fc840d9
 def gain_sentences(
     table:pd.DataFrame, # Table 1
     ratio:float, # synthetic per real patch, of the run's setting `ratio`
@@ -64,18 +65,19 @@ def gain_sentences(
     return [*lines, f"Of the ratios tried, {best.ratio:.0%} is best: {interval(best)}.",
             f"The best of all other methods is `{other.method}` at {other.accuracy_mean:.1%}.", *_bounds(table)]
 
-# %% ../../nbs/library/study/10_report.ipynb #a1147257
+# %% ../../nbs/library/study/10_report.ipynb #d202ae40
 def cost_sentence(
     table:pd.DataFrame, # Table 3
 ) -> str:
     "Time, memory and the longest stage of a run."
     once = table[~table.stage.str.startswith(("ablation", "table", "figure", "sampling_grid", "adaptation_grid"))]
     longest = once.loc[once.seconds_sum.idxmax()]
-    memory = "" if once.peak_memory_mib.isna().all() else f", at most {once.peak_memory_mib.max()/1024:.1f} GiB of memory"
+    peak = once.peak_memory_mib.max()/1024
+    memory = "" if np.isnan(peak) else f", at most {peak:.1f} GiB of memory"
     return (f"All stages but the ablations took {once.seconds_sum.sum()/60:.0f} minutes on {longest.device}{memory}. "
             f"The longest, `{longest.stage}`, took {longest.seconds_sum/60:.0f}.")
 
-# %% ../../nbs/library/study/10_report.ipynb #690471a7
+# %% ../../nbs/library/study/10_report.ipynb #a5b945cf
 def safety_sentences(
     copies:pd.DataFrame, # memorisation.csv
     noise:pd.DataFrame, # label_noise.csv
@@ -83,18 +85,20 @@ def safety_sentences(
     classes:pd.DataFrame, # gain_by_class.csv
 ) -> list: # sentences
     "Copies, labels, calibration and classes."
-    lines = [f"Copies, in features of `{r.encoder}`: {r.share:.1%} of the selected patches are nearer to a labelled patch "
-             "than 99 % of unseen real patches; 1 % is the rate expected by chance." for r in copies.itertuples()]
+    lines = [f"Copies, in features of `{r.encoder}`: {r.share:.1%} of the selected patches are nearer to a labelled "
+             "patch than 99 % of unseen real patches; 1 % is the rate expected by chance." for r in copies.itertuples()]
     wrong = (noise.disputed_share*noise.patches).sum()/max(1, noise.patches.sum())
     error = (calibration.confidence - calibration.accuracy).abs()*calibration.share
     error = error.groupby(calibration.method).sum()
     lose = classes[classes.gain_ci_high < 0]["class"]
+    new, real = (error.get(method, 0) for method in ("histodiffusion_selected", "real"))
     return [*(lines or ["No patch was selected, so there is nothing to copy."]),
             f"Labels: an oracle, trained on all training labels, disputes {wrong:.0%} of the selected patches.",
-            f"Calibration error: {error.get('histodiffusion_selected', 0):.3f}, with real patches alone {error.get('real', 0):.3f}.",
-            "Classes: " + (f"{', '.join(lose)} lose recall." if len(lose) else "none loses recall beyond its interval.")]
+            f"Calibration error: {new:.3f}, with real patches alone {real:.3f}.",
+            f"Classes: {', '.join(lose)} lose recall." if len(lose) else
+            "Classes: none loses recall beyond its interval."]
 
-# %% ../../nbs/library/study/10_report.ipynb #9ff9b31a
+# %% ../../nbs/library/study/10_report.ipynb #883df2c9
 def compare_expected(
     table:pd.DataFrame, # Table 1
     run:Run, # that made it
@@ -102,10 +106,11 @@ def compare_expected(
     "How the accuracies of a run compare with those that its profile expects."
     expected, lines = run.settings.expected.get(run.target), []
     if expected is None: return [f"No reference accuracy exists for {run.target}."]
-    model = replace(run, label_fraction=None, overrides=expected.overrides, pretrain_sets=expected.sets or None, facts={})
+    model = replace(run, label_fraction=None, overrides=expected.overrides, pretrain_sets=expected.sets or None,
+                    facts={})
     if {*model.sets} != {*run.sets} or model.key("augment") != run.key("augment"):
-        return ["The reference accuracies of this profile are for other settings, so nothing is compared. They are those "
-                f"of `{command_of(model, 'reproduce')}`."]
+        return ["The reference accuracies of this profile are for other settings, so nothing is compared. They are "
+                f"those of `{command_of(model, 'reproduce')}`."]
     for name, (value, tolerance) in expected.accuracy.items():
         method, ratio = name.split("@")
         found = table[(table.method == method) & (table.ratio == float(ratio))].accuracy_mean
@@ -115,7 +120,7 @@ def compare_expected(
             lines.append(f"`{name}`: {found.iloc[0]:.1%}, expected {value:.1%} ± {tolerance:.1%}: {fits}.")
     return lines
 
-# %% ../../nbs/library/study/10_report.ipynb #31088126
+# %% ../../nbs/library/study/10_report.ipynb #71ba4ab5
 def report_head(
     run:Run,
 ) -> str: # Markdown
@@ -126,9 +131,10 @@ def report_head(
     head = (f"# {run.target} at {c.label_fraction:.3g} of the labels\n\nProfile `{run.profile}`, {len(c.seeds)} seeds, "
             f"pre-trained on {sets}{prior}.\n")
     if run.profile != "smoke": return head
-    return head + "\nThis profile shows that the chain runs; its numbers mean little. `--profile small` gives an answer, in hours.\n"
+    return head + ("\nThis profile shows that the chain runs; its numbers mean little. `--profile small` gives an "
+                   "answer, in hours.\n")
 
-# %% ../../nbs/library/study/10_report.ipynb #518b5e79
+# %% ../../nbs/library/study/10_report.ipynb #f44282eb
 @stage("report")
 def report(run:Run, folder:Path):
     "Write the report of a run."
@@ -139,6 +145,8 @@ def report(run:Run, folder:Path):
         "At what cost?": ([cost_sentence(read("table_3"))], ["table_3"]),
         "Is it safe to use?": (safety_sentences(*map(read, checks)), checks),
         "Is it what the profile should reach?": (compare_expected(table, run), ["table_1"])}
-    body = [f"## {title}\n\n" + "".join(f"- {line}\n" for line in lines) + f"\nFrom {', '.join(f'{t}.csv' for t in tables)}.\n"
-            for title, (lines, tables) in parts.items()]
-    write_text(run.results/"report.md", "\n".join([report_head(run), *body]))
+    text = [report_head(run)]
+    for title, (lines, tables) in parts.items():
+        files = ", ".join(f"{t}.csv" for t in tables)
+        text.append(f"## {title}\n\n" + "".join(f"- {line}\n" for line in lines) + f"\nFrom {files}.\n")
+    write_text(run.results/"report.md", "\n".join(text))

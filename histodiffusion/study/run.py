@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Run', 'full_name', 'prior_sets', 'slug']
 
-# %% ../../nbs/library/study/04_run.ipynb #9d948c21
+# %% ../../nbs/library/study/04_run.ipynb #38a6397d
 import os, re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,7 +21,7 @@ from .prior import is_published, published_prior, settings_of_prior
 from .profiles import Profile, get_profile
 from .stages import STAGES
 
-# %% ../../nbs/library/study/04_run.ipynb #173f1d0c
+# %% ../../nbs/library/study/04_run.ipynb #54ad8aa7
 @dataclass(frozen=True)
 class Run:
     "One profile, one labelled set, one seed."
@@ -45,7 +45,7 @@ class Run:
     @cached_property
     def sets(self): return _sets_of(self)
 
-# %% ../../nbs/library/study/04_run.ipynb #08c76912
+# %% ../../nbs/library/study/04_run.ipynb #e7bcf8ab
 def full_name(
     dataset:str, # phantom:LABORATORY, folder:PATH or a name in the catalogue
 ) -> str: # the same; folders become absolute
@@ -57,7 +57,7 @@ def full_name(
                                   f"{', '.join(REGISTRY)}.")
     return dataset
 
-# %% ../../nbs/library/study/04_run.ipynb #9dd5cf51
+# %% ../../nbs/library/study/04_run.ipynb #53dd0a07
 def _settings_of(run):
     "All settings of a run: preset, overrides, and what a published prior fixes."
     changed = dict(run.overrides)
@@ -77,7 +77,7 @@ def prior_sets(
     "The sets that a run's published prior was trained on; none where the run trains its own."
     return tuple(published_prior(run.settings.prior)[1]["data"]) if run.settings.prior else ()
 
-# %% ../../nbs/library/study/04_run.ipynb #d6cf864d
+# %% ../../nbs/library/study/04_run.ipynb #7589dffa
 def _check_run(run):
     "Refuse a run that cannot be made, or that would pre-train on the target's own images."
     if type(run.seed) is not int or run.seed < 0:
@@ -95,7 +95,7 @@ def _source(dataset):
     if dataset.startswith("phantom:"): return f"phantom:{parse_phantom(dataset)[0]}"
     return REGISTRY[dataset].source if dataset in REGISTRY else dataset
 
-# %% ../../nbs/library/study/04_run.ipynb #8ec83a51
+# %% ../../nbs/library/study/04_run.ipynb #4ae9c27d
 def _check_prior(run):
     "Take the facts about a published prior's data from its record: the sets need not be on this machine."
     record = published_prior(run.settings.prior)[1]
@@ -106,7 +106,7 @@ def _check_prior(run):
                                   "--pretrain-sets out, or continue its training with --prior-steps 1500.")
     run.facts.update(record["data"])
 
-# %% ../../nbs/library/study/04_run.ipynb #b0d64ec4
+# %% ../../nbs/library/study/04_run.ipynb #d70dad69
 @patch(as_prop=True)
 def parameters(self:Run):
     "The run as JSON can hold it, with everything named in full."
@@ -122,7 +122,7 @@ def with_seed(self:Run,
     "The same run with another seed."
     return replace(self, seed=seed)
 
-# %% ../../nbs/library/study/04_run.ipynb #fb1e0378
+# %% ../../nbs/library/study/04_run.ipynb #4aa7481e
 @patch
 def fingerprint(self:Run,
     dataset:str, # the target or a pre-training set
@@ -137,7 +137,7 @@ def channels(self:Run):
     if "channels" not in self.facts: self.facts["channels"] = dataset_channels(self.target)
     return self.facts["channels"]
 
-# %% ../../nbs/library/study/04_run.ipynb #9339a307
+# %% ../../nbs/library/study/04_run.ipynb #f47b41c4
 def slug(
     dataset:str, # a full name
 ) -> str: # lower case letters, digits and hyphens
@@ -146,7 +146,7 @@ def slug(
     if not dataset.startswith("folder:"): return word(dataset)
     return f"{word(Path(dataset[7:]).name)}-{hash_object(dataset)[:6]}"
 
-# %% ../../nbs/library/study/04_run.ipynb #9b62f1cb
+# %% ../../nbs/library/study/04_run.ipynb #c2be5817
 @patch(as_prop=True)
 def results(self:Run):
     "Folder of the tables."
@@ -157,7 +157,7 @@ def figures(self:Run):
     "Folder of the figures."
     return load_settings().figures_path/self.profile/slug(self.target)
 
-# %% ../../nbs/library/study/04_run.ipynb #a58efe4d
+# %% ../../nbs/library/study/04_run.ipynb #0ca93de1
 @patch
 def inputs(self:Run,
     stage:str, # name in STAGES
@@ -167,7 +167,7 @@ def inputs(self:Run,
     runs = [self.with_seed(s) for s in seeds]
     return [(u, r) for u in STAGES[stage].upstream for r in (runs if STAGES[u].per_seed else runs[:1])]
 
-# %% ../../nbs/library/study/04_run.ipynb #519f50ee
+# %% ../../nbs/library/study/04_run.ipynb #9309b8b9
 @patch
 def key(self:Run,
     stage:str, # name in STAGES
@@ -190,7 +190,7 @@ def _depends(run, stage):
                 data=[(s if s in REGISTRY else s.split(":")[0], run.fingerprint(s)) for s in sets],
                 without=run.fingerprint(run.target) if run.skip_leaks and stage == "pretraining_data" else None)
 
-# %% ../../nbs/library/study/04_run.ipynb #12001652
+# %% ../../nbs/library/study/04_run.ipynb #a0649324
 @patch
 def folder(self:Run,
     stage:str, # name in STAGES
@@ -201,7 +201,7 @@ def folder(self:Run,
     if kind != "artefacts": return getattr(self, kind)
     return load_settings().results_path/"artefacts"/f"{stage}-{self.key(stage)}"
 
-# %% ../../nbs/library/study/04_run.ipynb #766308dd
+# %% ../../nbs/library/study/04_run.ipynb #95d88209
 @patch
 def record(self:Run,
     stage:str, # name in STAGES
@@ -220,7 +220,7 @@ def done(self:Run,
     complete = path.is_file() and all((path.parent/o).is_file() for o in STAGES[stage].outputs)
     return complete and read_json(path).get("key") == self.key(stage)
 
-# %% ../../nbs/library/study/04_run.ipynb #173ab431
+# %% ../../nbs/library/study/04_run.ipynb #cf77bf36
 @patch
 def _repr_html_(self:Run):
     made = [s for s in STAGES if self.done(s)]

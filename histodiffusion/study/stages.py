@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PRIOR_STAGES', 'ABLATIONS', 'STAGES', 'RESULTS', 'StageSpec', 'upstream_of', 'downstream_of', 'stage_settings']
 
-# %% ../../nbs/library/study/02_stages.ipynb #9e584dea
+# %% ../../nbs/library/study/02_stages.ipynb #d9cf287a
 from dataclasses import dataclass
 
-# %% ../../nbs/library/study/02_stages.ipynb #ba827d34
+# %% ../../nbs/library/study/02_stages.ipynb #3d9fac52
 @dataclass(frozen=True)
 class StageSpec:
     "What a stage reads and makes."
@@ -29,7 +29,7 @@ class StageSpec:
     @property
     def notebook(self): return f"nbs/experiments/{self.name}.ipynb"
 
-# %% ../../nbs/library/study/02_stages.ipynb #1514dd77
+# %% ../../nbs/library/study/02_stages.ipynb #a799f704
 _SHARED = (
     StageSpec("pretraining_data", "cut the pool of unlabelled patches", "the pool of patches", "pretrain",
               data="pretraining", settings=("image_size", "stain", "pretrain_patches"), per_seed=False),
@@ -48,12 +48,12 @@ _SHARED = (
                         "precision")))
 PRIOR_STAGES = ("pretraining_data", "autoencoder", "diffusion")  # what a published prior can replace
 
-# %% ../../nbs/library/study/02_stages.ipynb #26388c19
+# %% ../../nbs/library/study/02_stages.ipynb #dc600d61
 _BACKBONE = ("backbone", "backbone_steps", "backbone_batch", "backbone_lr", "teacher", "teacher_steps", "teacher_lr")
 _SAMPLER = ("scheduler", "sampler_steps", "eta", "guidance_scale", "guidance_interval")
 _CLASSIFIER = ("classifier_steps", "classifier_batch", "classifier_lr", "classifier_mode")
 
-# %% ../../nbs/library/study/02_stages.ipynb #6695c7c1
+# %% ../../nbs/library/study/02_stages.ipynb #89889d26
 _METHOD = (
     StageSpec("adapt", "fine-tune the prior on the labelled patches, train the latent classifier",
               "fine-tuned U-Net, latent classifier", "adapt", ("target_data", "autoencoder", "diffusion"),
@@ -71,7 +71,7 @@ _METHOD = (
               "metrics and posteriors of each method", "augment",
               ("target_data", "synthesize", "real_only", "select"), ("synthetic_share", "synthetic_targets")))
 
-# %% ../../nbs/library/study/02_stages.ipynb #581dcbab
+# %% ../../nbs/library/study/02_stages.ipynb #0fdbd9b3
 _BASELINES = (
     StageSpec("baselines", "train other generators on the same labels, and sample patches",
               "synthetic patches of each", "baselines", ("target_data", "autoencoder", "diffusion"),
@@ -88,7 +88,7 @@ _BASELINES = (
     StageSpec("quality", "measure the synthetic patches of every method", "a row for each method", "baselines",
               ("target_data", "synthesize", "real_only", "select", "baselines", "oracle"), module="compare"))
 
-# %% ../../nbs/library/study/02_stages.ipynb #5229b3ca
+# %% ../../nbs/library/study/02_stages.ipynb #b80616d1
 _GRIDS = (
     StageSpec("sampling_grid", "sample and measure every cell of the sampling grid", "a row for each cell", "ablate",
               ("target_data", "autoencoder", "diffusion", "adapt", "select", "oracle"),
@@ -99,14 +99,14 @@ _GRIDS = (
               ("finetune_lr", "lora_rank", *_CLASSIFIER, *_SAMPLER, "precision", "ablation_per_class",
                "ablation_fractions", "ablation_finetune_steps"), per_seed=False, seeds="first", module="ablate"))
 
-# %% ../../nbs/library/study/02_stages.ipynb #42797f00
+# %% ../../nbs/library/study/02_stages.ipynb #a7c8e504
 def _final(name, what, upstream, command="evaluate", seeds="all", outputs=None, settings=("seeds",), **kwargs):
     "A stage that writes among the tables or figures of the run."
     outputs, module = outputs or (f"{name}.csv", f"{name}.md"), "ablate" if command == "ablate" else "tables"
     return StageSpec(name, what, ", ".join(outputs), command, upstream, settings, per_seed=False, seeds=seeds,
                      outputs=outputs, **dict(folder="results", module=module) | kwargs)
 
-# %% ../../nbs/library/study/02_stages.ipynb #94d93faf
+# %% ../../nbs/library/study/02_stages.ipynb #5e92381e
 ABLATIONS = dict(  # name -> what is varied, settings
     labels=("share of the labels", ("ablation_labels",)),
     pretraining=("sets and patches of pre-training", ("ablation_pools", "ablation_sets")),
@@ -123,7 +123,7 @@ _ABLATION_STAGES = (
              "ablate", settings=("seeds", "ablation_seeds", *settings))
       for name, (what, settings) in ABLATIONS.items()))
 
-# %% ../../nbs/library/study/02_stages.ipynb #8380a469
+# %% ../../nbs/library/study/02_stages.ipynb #ce5bc270
 _FINAL = (
     _final("table_1", "put the metrics of all methods and seeds together", ("augment", "compare")),
     _final("table_2", "put the quality of all methods' patches together", ("quality",)),
@@ -138,11 +138,11 @@ _FINAL = (
            ("table_1", "table_2", "table_3", "figure_2", "safety"), outputs=("report.md",), module="report",
            after=tuple(s.name for s in _ABLATION_STAGES)))
 
-# %% ../../nbs/library/study/02_stages.ipynb #ddafc915
+# %% ../../nbs/library/study/02_stages.ipynb #9ea954f7
 STAGES: dict[str, StageSpec] = {s.name: s for s in (*_SHARED, *_METHOD, *_BASELINES, *_GRIDS, *_FINAL)}
 RESULTS = tuple(s.name for s in _FINAL)  # what a whole run makes
 
-# %% ../../nbs/library/study/02_stages.ipynb #c0999952
+# %% ../../nbs/library/study/02_stages.ipynb #9a0e0979
 def upstream_of(
     stage:str, # name in STAGES
 ) -> list: # names in order, `stage` last
@@ -150,14 +150,14 @@ def upstream_of(
     found = {stage}.union(*(upstream_of(u) for u in STAGES[stage].upstream))
     return [s for s in STAGES if s in found]
 
-# %% ../../nbs/library/study/02_stages.ipynb #ebbd8175
+# %% ../../nbs/library/study/02_stages.ipynb #37ee9851
 def downstream_of(
     stage:str, # name in STAGES
 ) -> list: # names in order, `stage` first
     "A stage and all stages that depend on it."
     return [s for s in STAGES if stage in upstream_of(s)]
 
-# %% ../../nbs/library/study/02_stages.ipynb #1ab36e09
+# %% ../../nbs/library/study/02_stages.ipynb #e82758f9
 def stage_settings(
     stage:str, # name in STAGES
 ) -> set: # names of settings

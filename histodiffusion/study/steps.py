@@ -10,7 +10,7 @@ __all__ = ['ADAPTATIONS', 'REAL', 'pretraining_data', 'target_data', 'read_pool'
            'Selector', 'ratios_of', 'synthetic_counts', 'select', 'chosen_patches', 'with_patches', 'measure_methods',
            'augment']
 
-# %% ../../nbs/library/study/06_steps.ipynb #ad2988c1
+# %% ../../nbs/library/study/06_steps.ipynb #0411310f
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,7 +43,7 @@ from .artefacts import stage
 from .prior import is_published, published_prior
 from .run import Run
 
-# %% ../../nbs/library/study/06_steps.ipynb #a5545353
+# %% ../../nbs/library/study/06_steps.ipynb #5a4491a4
 def _skipped(run):
     "The images of each pre-training set that repeat test or validation patches, where they are to be left out."
     if not run.skip_leaks: return {}
@@ -61,7 +61,7 @@ def _stained(run, images):
     print(f"stain: {len(unchanged)} of {len(images)} patches contain too little tissue and stay unchanged")
     return normalised
 
-# %% ../../nbs/library/study/06_steps.ipynb #af822bad
+# %% ../../nbs/library/study/06_steps.ipynb #d50ec241
 @stage("pretraining_data")
 def pretraining_data(run:Run, folder:Path):
     "Cut the unlabelled pool."
@@ -74,7 +74,7 @@ def pretraining_data(run:Run, folder:Path):
     write_json(folder/"pool.json", dict(counts=counts, shape=list(images.shape), origin=origin[order].tolist()))
     return dict(images=len(images))
 
-# %% ../../nbs/library/study/06_steps.ipynb #e26ed19a
+# %% ../../nbs/library/study/06_steps.ipynb #02af519b
 @stage("target_data")
 def target_data(run:Run, folder:Path):
     "Read the labelled set once, with its splits."
@@ -87,7 +87,7 @@ def target_data(run:Run, folder:Path):
                                             splits=splits))
     return dict(images=len(patches))
 
-# %% ../../nbs/library/study/06_steps.ipynb #38b30739
+# %% ../../nbs/library/study/06_steps.ipynb #617c3742
 def read_pool(
     run:Run,
 ) -> np.ndarray: # (N, H, W, C) uint8
@@ -96,7 +96,7 @@ def read_pool(
         raise HistoDiffusionError(f"The published prior '{run.settings.prior}' comes without its training patches.")
     return np.load(run.folder("pretraining_data")/"pool.npy", allow_pickle=False)
 
-# %% ../../nbs/library/study/06_steps.ipynb #3ff589da
+# %% ../../nbs/library/study/06_steps.ipynb #8c3e9a05
 def read_split(
     run:Run,
     split:str, # 'train', 'validation' or 'test'
@@ -108,7 +108,7 @@ def read_split(
                      m["keys"], m["name"], m["groups"])
     return every.subset(m["splits"][split])
 
-# %% ../../nbs/library/study/06_steps.ipynb #9a9dd3e9
+# %% ../../nbs/library/study/06_steps.ipynb #93a3f20c
 def read_labelled(
     run:Run,
     fraction:float|None=None, # share of the training labels, 0..1; None: that of the run
@@ -124,7 +124,7 @@ def read_unlabelled(
     train, labelled = read_split(run, "train"), {*read_labelled(run).keys}
     return train.subset(np.array([i for i, key in enumerate(train.keys) if key not in labelled], int))
 
-# %% ../../nbs/library/study/06_steps.ipynb #8473682a
+# %% ../../nbs/library/study/06_steps.ipynb #d5847beb
 @stage("autoencoder")
 def autoencoder(run:Run, folder:Path):
     "Train the first stage on the pool; its last patches (one in fifty) are held out to measure it."
@@ -148,7 +148,7 @@ def _measure_autoencoder(fitted, images, folder):
         low_frequency_share=low_frequency_share(latents), history=fitted.history,
         training_seconds=fitted.seconds, precision=fitted.precision))
 
-# %% ../../nbs/library/study/06_steps.ipynb #f1ad6676
+# %% ../../nbs/library/study/06_steps.ipynb #3f2bec5b
 def _prior_networks(run):
     "Autoencoder and U-Net of a run's published prior."
     return load_pipeline(published_prior(run.settings.prior)[0]/"diffusion"/"model")[:2]
@@ -161,7 +161,7 @@ def load_autoencoder(
     if run.settings.prior: return _prior_networks(run)[0]
     return AutoencoderDC.from_pretrained(run.folder("autoencoder")/"model")
 
-# %% ../../nbs/library/study/06_steps.ipynb #b86df6c4
+# %% ../../nbs/library/study/06_steps.ipynb #a899af85
 def _latents_of_pool(run, vae, folder, steps):
     "The latents of the pool, cached; for a U-Net that is not trained, one of them."
     path, pool = folder/"latents.safetensors", read_pool(run)
@@ -178,7 +178,7 @@ def _first_unet(run, latents):
     if c.prior and c.prior_part == "whole": return _prior_networks(run)[1]
     return build_unet(latents.shape[-1], latents.shape[1], c.unet_channels, c.unet_layers, c.unet_attention)
 
-# %% ../../nbs/library/study/06_steps.ipynb #a072d6d1
+# %% ../../nbs/library/study/06_steps.ipynb #542ce7be
 @stage("diffusion")
 def diffusion(run:Run, folder:Path):
     "Cache the pool's latents, then train the unconditional prior on them, or continue training a published one."
@@ -196,7 +196,7 @@ def diffusion(run:Run, folder:Path):
                                            precision=fitted.precision, latents_seen=seen))
     return dict(steps=steps, images=seen)
 
-# %% ../../nbs/library/study/06_steps.ipynb #4f645b0d
+# %% ../../nbs/library/study/06_steps.ipynb #50be3ecd
 def fit_classifier(
     run:Run,
     latents:LabelledLatents, # of the labelled patches
@@ -210,7 +210,7 @@ def fit_classifier(
                             mode or c.classifier_mode, c.classifier_batch, c.classifier_steps, c.classifier_lr,
                             derive_seed("adapt", run.seed), c.precision, folder)
 
-# %% ../../nbs/library/study/06_steps.ipynb #c7c021f3
+# %% ../../nbs/library/study/06_steps.ipynb #1e6bc2d0
 def fine_tune(
     run:Run,
     latents, # latents(n, generator) -> (n, C, h, w) batch
@@ -235,7 +235,7 @@ def unlabelled_latents(
     images = d4_images(read_split(run, "train").images)
     return LatentSampler(encode_patches(vae, images, precision=run.settings.precision))
 
-# %% ../../nbs/library/study/06_steps.ipynb #a2d0af7d
+# %% ../../nbs/library/study/06_steps.ipynb #3fdd7399
 @stage("adapt")
 def adapt(run:Run, folder:Path):
     "Train the latent classifier and fine-tune the U-Net on the labelled patches."
@@ -252,7 +252,7 @@ def adapt(run:Run, folder:Path):
     return dict(steps=c.finetune_steps + c.classifier_steps,
                 images=c.finetune_steps*c.diffusion_batch + c.classifier_steps*c.classifier_batch)
 
-# %% ../../nbs/library/study/06_steps.ipynb #c1925ea2
+# %% ../../nbs/library/study/06_steps.ipynb #84554a60
 def _measure_adaptation(run, folder, vae, classifier, tuned, labelled):
     "Write the accuracy of the latent classifier by noise level, and the training histories."
     c, validation = run.settings, read_split(run, "validation")
@@ -264,7 +264,7 @@ def _measure_adaptation(run, folder, vae, classifier, tuned, labelled):
         classifier_history=classifier.history, finetune_history=tuned.history,
         classifier_seconds=classifier.seconds, finetune_seconds=tuned.seconds))
 
-# %% ../../nbs/library/study/06_steps.ipynb #8d1bb86a
+# %% ../../nbs/library/study/06_steps.ipynb #15316ddd
 def draw_candidates(
     settings, # of a run
     vae, # AutoencoderDC
@@ -280,7 +280,7 @@ def draw_candidates(
     config = SamplingConfig(c.scheduler, c.sampler_steps, c.eta, seed, c.precision, prediction=c.prediction)
     return synthesize_patches(unet, vae, labels, guidance, config, start=start)
 
-# %% ../../nbs/library/study/06_steps.ipynb #85c1d0f7
+# %% ../../nbs/library/study/06_steps.ipynb #2c99f578
 def _start(run, vae, labels):
     "Where sampling starts: latents of labelled patches of each class in random symmetries, and the time."
     c, labelled = run.settings, read_labelled(run)
@@ -290,7 +290,7 @@ def _start(run, vae, labels):
     images = every[i + len(labelled)*rng.integers(8, size=len(i))]
     return encode_patches(vae, images, precision=c.precision), c.start_time
 
-# %% ../../nbs/library/study/06_steps.ipynb #1cbf574e
+# %% ../../nbs/library/study/06_steps.ipynb #26a3318d
 ADAPTATIONS = ("guidance_only", "finetuned")
 
 @stage("synthesize")
@@ -311,7 +311,7 @@ def synthesize(run:Run, folder:Path):
         save_tensors(path, dict(images=s["images"], labels=labels, confidence=s["confidence"]), facts)
     return dict(images=images)
 
-# %% ../../nbs/library/study/06_steps.ipynb #ccf941aa
+# %% ../../nbs/library/study/06_steps.ipynb #1f1ee6f4
 class Candidates(dict):
     "Synthetic patches with their target classes, and the latent classifier's confidence."
     def __repr__(self): return f"{len(self['labels'])} synthetic patches"
@@ -329,7 +329,7 @@ def read_synthetic(
     if not path.exists(): path = path.with_name("guidance_only.safetensors")
     return Candidates({k: v.numpy() for k, v in load_tensors(path).items()})
 
-# %% ../../nbs/library/study/06_steps.ipynb #66777e8f
+# %% ../../nbs/library/study/06_steps.ipynb #5423afde
 def backbone_config(
     run:Run,
     augmentation:str="d4", # or 'standard'
@@ -348,14 +348,14 @@ def teacher_config(
     return replace(backbone_config(run), name=c.teacher, steps=c.teacher_steps, learning_rate=c.teacher_lr,
                    warmup=c.teacher_steps//20)
 
-# %% ../../nbs/library/study/06_steps.ipynb #e7b137a4
+# %% ../../nbs/library/study/06_steps.ipynb #30def5e7
 def training_work(
     *configs:BackboneConfig, # of networks that were trained
 ) -> dict: # steps, images
     "The work of training classifiers."
     return dict(steps=sum(c.steps for c in configs), images=sum(c.steps*c.batch_size for c in configs))
 
-# %% ../../nbs/library/study/06_steps.ipynb #b0280e12
+# %% ../../nbs/library/study/06_steps.ipynb #3f8542a3
 REAL = dict(real="d4", standard_augmentation="standard")  # method -> augmentation of the real patches
 
 @stage("real_only")
@@ -369,7 +369,7 @@ def real_only(run:Run, folder:Path):
         save_tensors(path, net.state_dict())
     return training_work(*networks.values())
 
-# %% ../../nbs/library/study/06_steps.ipynb #52408a5f
+# %% ../../nbs/library/study/06_steps.ipynb #ba3ac2c3
 def load_backbone(
     run:Run,
     method:str="real", # a key of REAL, or 'teacher' where that is a network of its own
@@ -387,7 +387,7 @@ def load_teacher(
     "The network that selects, trained on the labelled patches alone."
     return load_backbone(run, "real" if teacher_config(run) == backbone_config(run) else "teacher")
 
-# %% ../../nbs/library/study/06_steps.ipynb #93cdd58f
+# %% ../../nbs/library/study/06_steps.ipynb #ee228693
 class Selector:
     "The selection rule of a run, with the teacher and the centroids of the labelled patches."
     def __init__(self,
@@ -405,7 +405,7 @@ class Selector:
         return dict(features=features, centroids=self.centroids, probabilities=probabilities,
                     threshold=self.settings.selection_threshold)
 
-# %% ../../nbs/library/study/06_steps.ipynb #86670bb4
+# %% ../../nbs/library/study/06_steps.ipynb #3a7341f0
 @patch
 def best(self:Selector,
     targets, # (M,) target class of each patch
@@ -427,7 +427,7 @@ def __call__(self:Selector,
     passed = select_patches(targets, every, self.settings.selection_rule, **self.evidence(images))
     return np.isin(np.arange(len(targets)), passed)
 
-# %% ../../nbs/library/study/06_steps.ipynb #ce36e98a
+# %% ../../nbs/library/study/06_steps.ipynb #b922e827
 def ratios_of(
     settings, # of a run
 ) -> list: # in rising order
@@ -442,7 +442,7 @@ def synthetic_counts(
     labels = np.bincount(labelled.labels, minlength=len(labelled.classes))
     return np.maximum(1, np.round(ratio*labels)).astype(int)
 
-# %% ../../nbs/library/study/06_steps.ipynb #f99f0a77
+# %% ../../nbs/library/study/06_steps.ipynb #72191b13
 @stage("select")
 def select(run:Run, folder:Path):
     "Choose synthetic patches for each ratio, and measure both adaptations."
@@ -463,7 +463,7 @@ def select(run:Run, folder:Path):
     write_table(pd.concat(reports), folder/"selection")
     write_table(pd.DataFrame(quality), folder/"adaptation")
 
-# %% ../../nbs/library/study/06_steps.ipynb #ba2d92f3
+# %% ../../nbs/library/study/06_steps.ipynb #78c598b1
 def _quality(run, labelled, s, kept, probabilities):
     "Agreement with the teacher, distance to real tissue, and copies of labelled patches, for one adaptation."
     encoder, validation = load_encoder(), read_split(run, "validation")
@@ -474,7 +474,7 @@ def _quality(run, labelled, s, kept, probabilities):
                 fd_lite0_validation=frechet_distance(synthetic, held_out), fd_lite0_selected=selected,
                 near_copy_share=near_copies(synthetic, real, held_out)["share"])
 
-# %% ../../nbs/library/study/06_steps.ipynb #05c419f6
+# %% ../../nbs/library/study/06_steps.ipynb #9f5814e5
 def chosen_patches(
     run:Run,
     kind:str="selected", # or 'random'
@@ -487,7 +487,7 @@ def chosen_patches(
     s = read_synthetic(run, name)
     return (s["images"][i], s["labels"][i]) if len(i) else (None, None)
 
-# %% ../../nbs/library/study/06_steps.ipynb #49f63df7
+# %% ../../nbs/library/study/06_steps.ipynb #c4dc85a9
 def with_patches(
     run:Run,
     extra:tuple, # patches and labels; None, None: none
@@ -506,7 +506,7 @@ def with_patches(
     posteriors.work = training_work(config)
     return posteriors
 
-# %% ../../nbs/library/study/06_steps.ipynb #1e3f128b
+# %% ../../nbs/library/study/06_steps.ipynb #18cefce3
 def measure_methods(
     run:Run,
     folder:Path, # where posteriors and rows are written
@@ -524,7 +524,7 @@ def measure_methods(
     works = [getattr(f, "work", training_work()) for f in methods.values()]
     return {k: sum(w[k] for w in works) for k in training_work()}
 
-# %% ../../nbs/library/study/06_steps.ipynb #ec333973
+# %% ../../nbs/library/study/06_steps.ipynb #55cb75ee
 @stage("augment")
 def augment(run:Run, folder:Path):
     "Train the backbone on real and synthetic patches, and test it."

@@ -6,7 +6,7 @@
 __all__ = ['CALIBRATED', 'gather', 'read_correct', 'table_1', 'table_2', 'records_of', 'table_3', 'class_examples', 'figure_2',
            'calibration_bins', 'gain_by_class', 'confusion_change', 'safety']
 
-# %% ../../nbs/library/study/08_tables.ipynb #8300daf5
+# %% ../../nbs/library/study/08_tables.ipynb #75ab293f
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,6 @@ from ..measure.figures import save_figure
 from ..measure.image_metrics import near_copies, nearest_neighbours
 from ..measure.statistics import gain_interval, holm, summarise_methods
 from ..models.backbone import predict
-from ..models.encoders import encode_images
 from ..models.sampling import load_pipeline
 from .artefacts import stage
 from .compare import PatchQuality
@@ -28,7 +27,7 @@ from .run import Run
 from .stages import STAGES
 from .steps import chosen_patches, draw_candidates, read_labelled, read_split, read_synthetic
 
-# %% ../../nbs/library/study/08_tables.ipynb #f579b3bc
+# %% ../../nbs/library/study/08_tables.ipynb #6a734446
 def gather(
     run:Run,
     table:str, # stage that reads the rows, such as 'table_1'
@@ -50,7 +49,7 @@ def read_correct(
             correct[row.method, row.ratio, row.label_fraction, row.seed] = p.argmax(1) == labels
     return correct
 
-# %% ../../nbs/library/study/08_tables.ipynb #5ea7134a
+# %% ../../nbs/library/study/08_tables.ipynb #ed1f41c4
 @stage("table_1")
 def table_1(run:Run, folder:Path):
     "Write Table 1, its figure, its rows, and the tables of both adaptations and of selection."
@@ -68,7 +67,7 @@ def table_1(run:Run, folder:Path):
         every = pd.concat([pd.read_csv(r.folder("select")/f"{name}.csv").assign(seed=r.seed) for r in runs])
         write_table(every, run.results/name, caption)
 
-# %% ../../nbs/library/study/08_tables.ipynb #d861257a
+# %% ../../nbs/library/study/08_tables.ipynb #2f962c43
 @stage("table_2")
 def table_2(run:Run, folder:Path):
     "Write Table 2: the quality of the patches that each method adds."
@@ -82,7 +81,7 @@ def table_2(run:Run, folder:Path):
                 "Patches that each method adds, against validation patches; class accuracy by an oracle trained on all "
                 "training labels; classification accuracy score: trained on these patches alone.")
 
-# %% ../../nbs/library/study/08_tables.ipynb #22455935
+# %% ../../nbs/library/study/08_tables.ipynb #c1c6de5b
 def records_of(
     run:Run,
     stage:str, # name in STAGES
@@ -96,7 +95,7 @@ def records_of(
     for upstream, r in run.inputs(stage): visit(upstream, r)
     return sorted(found.values(), key=lambda record: list(STAGES).index(record["stage"]))
 
-# %% ../../nbs/library/study/08_tables.ipynb #1b9a8c1b
+# %% ../../nbs/library/study/08_tables.ipynb #c9db7e75
 def _cost_row(name, records):
     "A row of Table 3 from the records of one stage."
     first, seconds = records[0], [r["seconds"] for r in records]
@@ -113,11 +112,13 @@ def table_3(run:Run, folder:Path):
     names = dict.fromkeys(r["stage"] for r in records)
     rows = [_cost_row(name, [r for r in records if r["stage"] == name]) for name in names]
     if c.prior and not is_published(c, "diffusion"):
-        note = f" The published prior `{c.prior}` had taken {published_prior(c.prior)[1]['seconds']:.0f} seconds before."
-    write_table(pd.DataFrame(rows), run.results/"table_3", "Cost of each stage: optimiser steps, images or latents used "
-                "in them or sampled, wall seconds of one run and of all seeds." + note)
+        seconds = published_prior(c.prior)[1]["seconds"]
+        note = f" The published prior `{c.prior}` had taken {seconds:.0f} seconds before."
+    write_table(pd.DataFrame(rows), run.results/"table_3",
+                "Cost of each stage: optimiser steps, images or latents used in them or sampled, wall seconds of one run "
+                "and of all seeds." + note)
 
-# %% ../../nbs/library/study/08_tables.ipynb #90864142
+# %% ../../nbs/library/study/08_tables.ipynb #20b5341e
 def class_examples(
     images:np.ndarray, # (N, H, W, C) uint8
     labels:np.ndarray, # (N,)
@@ -127,7 +128,7 @@ def class_examples(
     "The first patches of each class."
     return {c: images[labels == k][:n] for k, c in enumerate(classes)}
 
-# %% ../../nbs/library/study/08_tables.ipynb #598b2332
+# %% ../../nbs/library/study/08_tables.ipynb #8238be02
 def _may_draw(run):
     "Whether real patches of the target may be shown: open sets, and a user's own folder."
     return may_show(run.target) or run.target.startswith("folder:")
@@ -150,7 +151,7 @@ def figure_2(run:Run, folder:Path):
     save_figure(figures.figure_2(real, columns, labelled.classes), run.figures/"figure_2")
     save_figure(figures.method_diagram(), run.figures/"figure_1")
 
-# %% ../../nbs/library/study/08_tables.ipynb #9664106d
+# %% ../../nbs/library/study/08_tables.ipynb #76e6dd5d
 def calibration_bins(
     labels:np.ndarray, # (N,)
     probabilities:np.ndarray, # (N, K)
@@ -164,7 +165,7 @@ def calibration_bins(
     mean = {k: (k, "mean") for k in ("confidence", "accuracy")}
     return frame.groupby("bin").agg(**mean, share=share).reset_index(drop=True)
 
-# %% ../../nbs/library/study/08_tables.ipynb #4412fa2b
+# %% ../../nbs/library/study/08_tables.ipynb #e1f4565b
 def gain_by_class(
     labels:np.ndarray, # (N,) of test patches
     posteriors:dict, # 'real' and 'histodiffusion_selected' -> one (N, K) array for each seed
@@ -180,7 +181,7 @@ def gain_by_class(
                      **dict(zip(("gain", "gain_ci_low", "gain_ci_high", "gain_p"), gain))})
     return pd.DataFrame(rows).assign(gain_p=lambda d: holm(d.gain_p))
 
-# %% ../../nbs/library/study/08_tables.ipynb #5db10c2c
+# %% ../../nbs/library/study/08_tables.ipynb #82447775
 def confusion_change(
     labels:np.ndarray, # (N,) of test patches
     posteriors:dict, # as for `gain_by_class`
@@ -192,7 +193,7 @@ def confusion_change(
     share = {m: np.mean([matrix(p) for p in posteriors[m]], 0) for m in ("real", "histodiffusion_selected")}
     return share["histodiffusion_selected"] - share["real"]
 
-# %% ../../nbs/library/study/08_tables.ipynb #c893e5ad
+# %% ../../nbs/library/study/08_tables.ipynb #3709a120
 CALIBRATED = ("real", "standard_augmentation", "histodiffusion_selected")  # methods whose calibration is shown
 
 @stage("safety")
@@ -214,7 +215,7 @@ def safety(run:Run, folder:Path):
     save_figure(figures.plot_class_gain(table, confusion_change(labels, posteriors)), run.figures/"gain_by_class")
     _check_patches(run, PatchQuality(run), read_labelled(first), chosen_patches(first))
 
-# %% ../../nbs/library/study/08_tables.ipynb #e92b184f
+# %% ../../nbs/library/study/08_tables.ipynb #37033956
 def _check_patches(run, measure, labelled, chosen):
     "Write the label noise and the copies of the selected patches, and where they are among real ones."
     images, targets = chosen if chosen[0] is not None else (labelled.images[:0], labelled.labels[:0])
@@ -228,7 +229,7 @@ def _check_patches(run, measure, labelled, chosen):
     write_table(pd.DataFrame(columns=["encoder", "share", "expected_share"]), run.results/"memorisation",
                 "No patch was selected.")
 
-# %% ../../nbs/library/study/08_tables.ipynb #7b2b917b
+# %% ../../nbs/library/study/08_tables.ipynb #c88bc09b
 def _check_copies(run, measure, labelled, images, targets):
     "Write near copies of labelled patches in each feature space; draw the closest pairs and the feature map."
     drawn, real = measure.features(images), measure.features(labelled.images)
@@ -240,7 +241,8 @@ def _check_copies(run, measure, labelled, images, targets):
     distance, nearest = nearest_neighbours(drawn[first], real[first])
     i = np.argsort(distance)[:10]
     if _may_draw(run):
-        save_figure(figures.plot_pairs(images[i], labelled.images[nearest[i]], distance[i]), run.figures/"closest_pairs")
+        fig = figures.plot_pairs(images[i], labelled.images[nearest[i]], distance[i])
+        save_figure(fig, run.figures/"closest_pairs")
     held_out = read_split(run, "validation")
     features, labels = np.concatenate([measure.real[first], drawn[first]]), np.concatenate([held_out.labels, targets])
     fig = figures.plot_feature_map(_flat(features), labels, np.arange(len(labels)) >= len(held_out), labelled.classes)
