@@ -27,14 +27,14 @@ print(json.dumps(dict(pipe=type(pipe).__name__, size=image.size, mode=image.mode
 def test_plain_diffusers_loads_and_samples(tmp_path):
     torch.manual_seed(0)
     unet = build_unet(8, widths=(16, 32), attention=(False, True))
-    guide = LatentClassifier(3, 8, widths=(16, 32), attention=(False, True))
+    guide = LatentClassifier(unet, 3)
     save_pipeline(tmp_path, build_autoencoder(1, (16, 16), 4, 1), unet, guide)
     done = subprocess.run([sys.executable, "-c", PLAIN, str(tmp_path)], capture_output=True, text=True, check=True, cwd=tmp_path)
-    seen = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
     weights = float(sum(p.detach().double().abs().sum() for p in unet.parameters()))
-    assert seen["pipe"] == "LDMPipeline" and seen["size"] == [32, 32] and seen["scale"] == 1
-    assert abs(seen["unet"] - weights) < 1e-6 * weights
-    assert not seen["ours"]
+    assert found["pipe"] == "LDMPipeline" and found["size"] == [32, 32] and found["scale"] == 1
+    assert abs(found["unet"] - weights) < 1e-6 * weights
+    assert not found["ours"]
 
 
 def test_nothing_saved_is_a_pickle(tmp_path):

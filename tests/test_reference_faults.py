@@ -20,12 +20,12 @@ import histodiffusion.study.steps as stages
 from histodiffusion.models.autoencoder import build_autoencoder, decode_latents, encode_patches, fold_deviation
 from histodiffusion.models.backbone import train_backbone
 from histodiffusion.models.diffusion import DiffusionLoss, LatentSampler, build_unet, noise_schedule
-from histodiffusion.models.latent_classifier import ClassifierLoss, LabelledLatents, LatentClassifier
+from histodiffusion.models.latent_classifier import LabelledLatents, LatentClassifier, classifier_loss
 from histodiffusion.measure.statistics import SEED_COLUMNS, TABLE_COLUMNS, classification_metrics, summarise_methods
 from histodiffusion.data.phantom import phantom_patches
 from histodiffusion.study.stages import STAGES, upstream_of
 from histodiffusion.models.guidance import ClassifierGuidance
-from histodiffusion.models.sampling import guided_sample, make_scheduler, save_pipeline, set_steps
+from histodiffusion.models.sampling import SamplingConfig, guided_sample, make_scheduler, save_pipeline
 from histodiffusion.measure.selection import class_centroids
 from histodiffusion.models.training import FitConfig, ema_decay, fit
 
@@ -66,7 +66,7 @@ def names_from(function, source):
 
 @pytest.mark.parametrize("steps", [7, 20, 50, 61, 150])
 def test_ddim_works_at_any_number_of_steps(steps):
-    scheduler, z0, noise = set_steps(make_scheduler("ddim"), steps), torch.tensor([[[[0.7]]]]), torch.tensor([[[[-1.3]]]])
+    scheduler, z0, noise = make_scheduler("ddim", steps), torch.tensor([[[[0.7]]]]), torch.tensor([[[[-1.3]]]])
     times = [*scheduler.timesteps.tolist(), -1]
     assert len(times) == steps + 1 and times == sorted(times, reverse=True)
 
@@ -78,23 +78,22 @@ def test_ddim_works_at_any_number_of_steps(steps):
         assert torch.allclose(scheduler.step(noise, t, at(int(t)).float()).prev_sample, at(later).float(), atol=2e-4)
 
 
-def test_classifier_sees_the_noise_level():
+def test_classifier_gets_the_noise_level():
     torch.manual_seed(0)
-    judge, asked = LatentClassifier(2, 8, widths=(16, 32), attention=(False, False)).eval(), []
-    z = torch.randn(4, 4, 8, 8)
-    assert not torch.allclose(judge(z, 0), teacher(z, 800), atol=1e-4)
-    judge.register_forward_hook(lambda m, args, out: asked.append((args[0].detach(), torch.as_tensor(args[1]).float())))
     unet = build_unet(8, widths=(16, 32), attention=(False, False))
-    guided_sample(unet, make_scheduler("ddim"), [0, 1], ClassifierGuidance(teacher, 1.0), steps=5)
-    assert [float(t) for _, t in asked] == [999, 799, 599, 399, 199]
-    asked.clear()
-    judge.body.register_forward_hook(lambda m, args, out: asked.append((args[0].detach(), args[1].float())))
-    nothing = torch.zeros(8, 4, 8, 8)
-    latents = LabelledLatents.__new__(LabelledLatents).fill(nothing, np.arange(8) % 2)
-    ClassifierLoss(latents, noise_schedule(), 400)(teacher, torch.Generator().manual_seed(0))
-    seen, t = asked[0]
+    classifier, evaluated = LatentClassifier(unet, 2).eval(), []
+    z = torch.randn(4, 4, 8, 8)
+    assert not torch.allclose(classifier(z, 0), classifier(z, 800), atol=1e-4)
+    classifier.register_forward_hook(lambda m, args, out: evaluated.append(float(args[1])))
+    guided_sample(unet, [0, 1], ClassifierGuidance(classifier, 1.0), SamplingConfig(steps=5))
+    assert evaluated == [999, 799, 599, 399, 199]
+    trained = []
+    classifier.body.register_forward_hook(lambda m, args, out: trained.append((args[0].detach(), args[1].float())))
+    latents = LabelledLatents.__new__(LabelledLatents).fill(torch.zeros(8, 4, 8, 8), np.arange(8) % 2)
+    classifier_loss(classifier, torch.Generator().manual_seed(0), latents, noise_schedule(), 400)
+    noisy, t = trained[0]
     assert t.min() < 30 and t.max() > 970 and t.unique().numel() > 200
-    assert np.allclose(seen.std((1, 2, 3)).numpy(), (1 - ABAR[t.long().numpy()]) ** 0.5, rtol=0.3)  # 256 values: 4.4 % each
+    assert np.allclose(noisy.std((1, 2, 3)).numpy(), (1 - ABAR[t.long().numpy()]) ** 0.5, rtol=0.3)  # 256 values: 4.4 % each
 
 
 def test_centroids_never_contain_synthetic_patches():
@@ -114,10 +113,10 @@ def test_centroids_never_contain_synthetic_patches():
     assert list(inspect.signature(class_centroids).parameters) == ["features", "labels", "n_classes"]
 
 
-def test_guiding_classifier_never_sees_synthetic_patches():
+def test_guiding_classifier_is_never_trained_on_synthetic_patches():
     assert not {"synthesize", "select", "augment"} & set(upstream_of("adapt"))
     assert {"read_labelled"} <= reach("adapt") and not reach("adapt") & {"read_synthetic", "chosen_patches"}
-    assert not any(name == "train_latent_classifier" for stage in STAGES if "synthesize" in upstream_of(stage)
+    assert not any(name == "train_classifier" for stage in STAGES if "synthesize" in upstream_of(stage)
                    for f in (reach(stage) if stage in FUNCTIONS else ()) for name, _ in called(FUNCTIONS[f]))  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import pytest
 from histodiffusion.data.catalogue import may_show
 from histodiffusion.core import HistoDiffusionError, hash_file, read_json
 from histodiffusion.app.reproduce import plan
-from histodiffusion.study.prior import PRIOR_STAGES
+from histodiffusion.study.stages import PRIOR_STAGES
 from histodiffusion.study.stages import STAGES, upstream_of
 from histodiffusion.study.run import Run
 from histodiffusion.study.artefacts import forget

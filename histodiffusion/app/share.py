@@ -23,7 +23,8 @@ from ..models.diffusion import noise_schedule
 from ..models.latent_classifier import LatentClassifier, classifier_from_unet
 from ..models.guidance import ClassifierGuidance
 from ..models.sampling import load_pipeline, make_scheduler, save_pipeline, synthesize_patches
-from ..study.prior import PRIOR_STAGES, published_prior
+from ..study.stages import PRIOR_STAGES
+from ..study.prior import published_prior
 from ..study.run import Run, prior_sets
 from ..study.artefacts import command_of, made_with
 

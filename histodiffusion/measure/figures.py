@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DPI', 'FULL_WIDTH', 'COLUMN_WIDTH', 'figure_style', 'save_figure', 'montage', 'show_patches', 'figure_2',
-           'contact_sheet', 'plot_reconstructions', 'plot_history', 'plot_gain', 'plot_selection',
-           'plot_noise_accuracy', 'plot_ablation', 'plot_adaptation', 'plot_variants', 'plot_pairs', 'plot_calibration',
-           'plot_class_gain', 'plot_feature_map', 'method_diagram', 'plot_quality_seconds']
+           'contact_sheet', 'plot_reconstructions', 'plot_pairs', 'plot_history', 'plot_gain', 'plot_class_gain',
+           'plot_noise_accuracy', 'plot_ablation', 'plot_quality_seconds', 'plot_adaptation', 'plot_variants',
+           'plot_calibration', 'plot_feature_map', 'method_diagram']
 
 # %% ../../nbs/library/measure/04_figures.ipynb #2d77211d
 import base64, contextlib, io, re, textwrap
@@ -18,154 +18,134 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from PIL import Image
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from ..core import HistoDiffusionError, atomic_path
 
-# %% ../../nbs/library/measure/04_figures.ipynb #f5be30b2
+# %% ../../nbs/library/measure/04_figures.ipynb #2023b26f
 DPI = 200 # pixels per inch of a saved PNG
 FULL_WIDTH, COLUMN_WIDTH = 7., 4.2 # inches
+_DASHED = dict(color=".3", lw=1, ls="--") # a line to compare with
 
-# %% ../../nbs/library/measure/04_figures.ipynb #2023b26f
 @contextlib.contextmanager
 def figure_style():
-    "The one style of all figures, for the length of the block."
+    "The one style of all figures, for the length of a block or of a function."
     look = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "xtick.labelsize": 8,
             "ytick.labelsize": 8, "figure.dpi": 80, "figure.constrained_layout.use": True, "legend.frameon": False,
             "axes.spines.top": False, "axes.spines.right": False, "grid.linewidth": .6}
+    before = plt.get_fignums()
     with sns.axes_style("whitegrid"), sns.color_palette("colorblind"), plt.rc_context(look):
-        before = plt.get_fignums()
         try: yield
-        finally:  # a notebook shows the figure that a cell returns, once, and a long run keeps none
-            for n in plt.get_fignums():
-                if n not in before: plt.close(n)
+        finally:
+            for n in set(plt.get_fignums()) - set(before): plt.close(n)
 
 # %% ../../nbs/library/measure/04_figures.ipynb #5bd9f603
 def _small_png(data):
-    "The same picture in fewer bytes: no alpha where all is opaque, one channel where all is grey."
+    "The same picture in fewer bytes: without alpha where all is opaque, with one channel where all is grey."
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     a, out = np.asarray(image), io.BytesIO()
     if (a[..., 3] == 255).all(): image = image.convert("L" if (a[..., :1] == a[..., :3]).all() else "RGB")
     image.save(out, "PNG", optimize=True)
     return out.getvalue()
 
-def _small_svg(text):
-    "An SVG with each picture in it made small."
-    small = lambda m: m[1] + base64.b64encode(_small_png(base64.b64decode(m[2]))).decode()
-    return re.sub(r"(data:image/png;base64,)([A-Za-z0-9+/=\s]+)", small, text)
+def _small_svg(data):
+    "The same SVG, with the pictures in it in fewer bytes."
+    small = lambda m: m[1] + base64.b64encode(_small_png(base64.b64decode(m[2])))
+    return re.sub(rb"(data:image/png;base64,)([A-Za-z0-9+/=\s]+)", small, data)
 
 # %% ../../nbs/library/measure/04_figures.ipynb #ba909f24
 def save_figure(
-    fig:Figure, # the figure
+    fig:Figure,
     path_without_suffix, # where; .svg and .png are added
 ) -> tuple: # paths of the SVG and of the PNG
     "Save a figure as SVG and PNG (200 dpi), each whole or not at all, with no date in it."
-    base = Path(path_without_suffix)
-    paths = base.with_name(base.name + ".svg"), base.with_name(base.name + ".png")
+    base, paths = Path(path_without_suffix), []
     with plt.rc_context({"svg.hashsalt": "histodiffusion"}):
-        with atomic_path(paths[0]) as p:
-            fig.savefig(p, dpi=DPI, metadata=dict(Date=None, Creator=None), format="svg")
-            p.write_text(_small_svg(p.read_text(encoding="utf-8")), encoding="utf-8")
-        with atomic_path(paths[1]) as p:
-            fig.savefig(p, dpi=DPI, metadata=dict(Software=None), format="png")
-            p.write_bytes(_small_png(p.read_bytes()))
-    return paths
+        for suffix, small in (("svg", _small_svg), ("png", _small_png)):
+            paths.append(base.with_name(f"{base.name}.{suffix}"))
+            with atomic_path(paths[-1]) as p:
+                fig.savefig(p, dpi=DPI, metadata=dict(Date=None, Creator=None), format=suffix)
+                p.write_bytes(small(p.read_bytes()))
+    return tuple(paths)
 
 # %% ../../nbs/library/measure/04_figures.ipynb #7ae1f018
 def montage(
-    images, # up to `rows * columns` patches, (N, H, W, C) uint8, C 1 or 3
+    images, # (N, H, W, C) uint8, N >= 1, C 1 or 3
     columns:int, # patches per row, >= 1
-    rows:int|None=None, # rows; None: as many as needed
-    zoom:int=1, # screen pixels per patch pixel, >= 1
-    gap:int=2, # white pixels between patches
-    side:tuple|None=None, # height and width of a patch where there is none, px
-) -> np.ndarray: # (rows*(H*zoom + gap) - gap, columns*(W*zoom + gap) - gap, 3) uint8
-    "Patches on a white ground, row by row; missing ones stay white."
-    images = np.asarray(images, dtype=np.uint8)
-    if len(images) and (images.ndim != 4 or images.shape[-1] not in (1, 3)):
-        raise HistoDiffusionError(f"Patches of shape {images.shape} cannot be shown: give (N, H, W, C) with C 1 or 3.")
-    h, w = images.shape[1:3] if len(images) else side or (64, 64)
-    h, w, rows = h*zoom, w*zoom, rows or max(1, -(-len(images)//columns))
-    out = np.full((rows*(h + gap) - gap, columns*(w + gap) - gap, 3), 255, np.uint8)
-    for i, im in enumerate(images[:rows*columns]):
-        y, x = i//columns*(h + gap), i % columns*(w + gap)
-        out[y:y + h, x:x + w] = im.repeat(zoom, 0).repeat(zoom, 1)
-    return out
+    gap:int=2, # white pixels between and around the patches
+) -> np.ndarray: # (height, width, 3) uint8
+    "Patches row by row on a white ground, as one picture; one patch alone has no frame."
+    from torch import from_numpy
+    from torchvision.utils import make_grid
+    images = np.ascontiguousarray(images, dtype=np.uint8)
+    if images.ndim != 4 or not len(images):
+        raise HistoDiffusionError(f"Patches of shape {images.shape} cannot be shown: give (N, H, W, C) with N >= 1.")
+    grid = make_grid(from_numpy(images).permute(0, 3, 1, 2), columns, padding=gap, pad_value=255)
+    return grid.permute(1, 2, 0).numpy()
 
-# %% ../../nbs/library/measure/04_figures.ipynb #c66d55d2
-def _place(fig, picture, x, y):
-    "Put a picture on a figure, its upper left corner x, y pixels from the figure's, one pixel for one."
-    width, height = fig.get_size_inches()*DPI
-    h, w = picture.shape[:2]
-    ax = fig.add_axes((x/width, 1 - (y + h)/height, w/width, h/height))
-    ax.imshow(picture, interpolation="none", aspect="auto")
-    ax.set_axis_off()
+def _enlarged(images, side):
+    "Patches at the largest whole multiple of their pixels that is not higher than `side`, px."
+    zoom = max(1, side//np.shape(images)[1])
+    return np.asarray(images).repeat(zoom, 1).repeat(zoom, 2)
+
+# %% ../../nbs/library/measure/04_figures.ipynb #66d55d2a
+def _fitted(titles, widths, size):
+    "Titles broken into lines for columns of some widths, px, and the font size at which the longest word fits."
+    letters = [max(6, int(w/(size*.66*DPI/72))) for w in widths]
+    words = [max(map(len, t.split()), default=1) for t in titles]
+    lines = [textwrap.fill(t, max(n, most)) for t, n, most in zip(titles, letters, words)]
+    return lines, size*min(1, *(n/most for n, most in zip(letters, words)), 1)
+
+@figure_style()
+def _page(rows, titles=(), gap=8, size=7):
+    "Pictures at their own pixels: label -> pictures of a row; a title for each column, if any."
+    labels = [textwrap.fill(t, 22) for t in rows]
+    widths = [max(p.shape[1] for p in column) for column in zip(*rows.values())]
+    heights = [max(p.shape[0] for p in row) for row in rows.values()]
+    lines, small = _fitted(titles, widths, size)
+    top = int((.8 + 1.2*max(t.count("\n") + 1 for t in lines))*size*DPI/72) if titles else 4
+    left = int(max(len(line) for t in labels for line in t.split("\n"))*size*.65*DPI/72) + 12
+    x, y = left + np.cumsum([0, *(w + 14 for w in widths)]), top + np.cumsum([0, *(h + gap for h in heights)])
+    fig = plt.figure(figsize=(x[-1]/DPI, y[-1]/DPI), layout="none", dpi=min(DPI, 200*700/x[-1]))
+    for at, w, title in zip(x, widths, lines):
+        fig.text((at + w/2)/x[-1], 1 - top/2/y[-1], title, ha="center", va="center", weight="bold", fontsize=small)
+    for at, h, label in zip(y, heights, labels):
+        fig.text((left - 8)/x[-1], 1 - (at + h/2)/y[-1], label, ha="right", va="center", fontsize=size)
+    for i, row in enumerate(rows.values()):
+        for j, (h, w) in enumerate(p.shape[:2] for p in row):
+            ax = fig.add_axes((x[j]/x[-1], 1 - (y[i] + h)/y[-1], w/x[-1], h/y[-1]))
+            ax.imshow(row[j], interpolation="none", aspect="auto")
+            ax.set_axis_off()
+    return fig
 
 # %% ../../nbs/library/measure/04_figures.ipynb #c0ee55c3
 def show_patches(
     images:np.ndarray, # (N, H, W, C) uint8, C 1 or 3
     columns:int=8, # patches per row
-    titles=None, # one title for each column
-    zoom:int=1, # screen pixels per patch pixel, >= 1
 ) -> Figure:
-    "Patches in rows, at whole multiples of their pixels."
-    if not len(images): raise HistoDiffusionError("There is no patch to show: give at least one.")
-    if titles is not None and len(titles) != columns:
-        raise HistoDiffusionError(f"{len(titles)} titles for {columns} columns: give one title per column.")
-    picture = montage(images, columns, zoom=zoom)
-    (h, w), top = picture.shape[:2], 36 if titles is not None else 4
-    with figure_style():
-        fig = plt.figure(figsize=((w + 8)/DPI, (h + top + 4)/DPI), layout="none", dpi=DPI)
-        _place(fig, picture, 4, top)
-        for i, t in enumerate(titles if titles is not None else ()):
-            fig.text((4 + (i + .5)*(w + 2)/columns)/(w + 8), 1 - 26/(h + top + 4), t, ha="center", fontsize=6)
-    return fig
+    "Patches in rows, at their own pixels."
+    return _page({"": [montage(images, columns)]})
 
 # %% ../../nbs/library/measure/04_figures.ipynb #c776b7e4
-def _block_table(real, synthetic, class_names, n):
-    "Title -> class -> up to n patches, with the real ones first."
-    blocks = ({"Real": real} if real else {}) | synthetic
-    for title, block in blocks.items():
-        unknown = [c for c in block if c not in class_names]
-        if unknown:
-            raise HistoDiffusionError(f"'{title}' has patches of '{unknown[0]}', which is not a class: use "
-                                      f"{', '.join(class_names)}.")
-    found = [np.shape(b[c])[1:3] for b in blocks.values() for c in b if len(b[c])]
-    if not found: raise HistoDiffusionError("There is no patch for figure 2: run the stages before it.")
-    if len(set(found)) > 1:
-        raise HistoDiffusionError(f"Figure 2 needs patches of one size, not {sorted(set(found))}: resize them first.")
-    return {t: {c: np.asarray(b[c])[:n] if c in b else [] for c in class_names} for t, b in blocks.items()}, found[0]
+def _strip(images, n, side):
+    "The first n patches in a row, white where there are fewer."
+    out = np.full((n, *side, 3), 255, np.uint8)
+    for i, im in enumerate(images[:n]): out[i] = im
+    return montage(_enlarged(out, 64), n)
 
-# %% ../../nbs/library/measure/04_figures.ipynb #2db320c4
 def figure_2(
     real:dict, # class name -> (N, H, W, C) uint8 real patches; empty: they may not be shown
     synthetic:dict, # method -> {class name -> (N, H, W, C) uint8 patches}, in the order to show
     class_names, # K names, in the order of the rows
-    n:int=6, # patches per class and block
+    n:int=6, # patches per class and method
 ) -> Figure:
-    "Real and synthetic patches side by side: a row for each class, a block for each method."
-    blocks, side = _block_table(real, synthetic, class_names, n)
-    zoom = max(1, 64//side[0])
-    line = ((0, 2), (0, 0), (0, 0))  # white pixels below each row
-    pictures = [np.concatenate([np.pad(montage(b[c], n, 1, zoom, side=side), line, constant_values=255)
-                                for c in class_names]) for b in blocks.values()]
-    h, w = pictures[0].shape[:2]
-    size = 9*max(1., len(blocks)*w/DPI/FULL_WIDTH)  # pt; a wide figure shrinks in print
-    letters, longest = max(6, int(w/(size*.66*DPI/72))), max(len(word) for t in blocks for word in t.split())
-    small = min(1, letters/longest)  # so that no title is wider than its block, and no word broken
-    titles = [textwrap.fill(t, max(letters, longest)) for t in blocks]
-    left, space = int(max(map(len, class_names))*size*.85*DPI/72) + 12, 14
-    top = int((.8 + 1.2*max(t.count("\n") + 1 for t in titles))*size*DPI/72)
-    width, height, text = left + len(blocks)*(w + space), top + h + 2, dict(va="center", fontsize=size)
-    with figure_style():
-        fig = plt.figure(figsize=(width/DPI, height/DPI), layout="none", dpi=80)
-        for j, (title, picture) in enumerate(zip(titles, pictures)):
-            _place(fig, picture, left + j*(w + space), top)
-            head = text | dict(fontsize=small*size, weight="bold", ha="center")
-            fig.text((left + j*(w + space) + w/2)/width, 1 - top/2/height, title, **head)
-        for i, c in enumerate(class_names):
-            fig.text((left - 8)/width, 1 - (top + (i + .5)*h/len(class_names))/height, c, ha="right", **text)
-    return fig
+    "Real and synthetic patches side by side: a row for each class, a column for each method."
+    blocks = ({"Real": real} if real else {}) | synthetic
+    sides = [np.shape(images)[1:3] for block in blocks.values() for images in block.values() if len(images)]
+    if not sides: raise HistoDiffusionError("There is no patch for figure 2: run the stages before it.")
+    rows = {c: [_strip(block.get(c, []), n, sides[0]) for block in blocks.values()] for c in class_names}
+    width = sum(strip.shape[1] for strip in rows[class_names[0]])
+    return _page(rows, list(blocks), gap=0, size=9*max(1., width/DPI/FULL_WIDTH))  # a wide figure shrinks in print
 
 # %% ../../nbs/library/measure/04_figures.ipynb #f8a010e1
 def contact_sheet(
@@ -173,257 +153,19 @@ def contact_sheet(
     gap:int=2, # white pixels between patches
 ) -> Figure:
     "Labelled rows of patches, at their own pixels."
-    if not any(len(r) for r in rows.values()): raise HistoDiffusionError("There is no patch for a contact sheet: give at least one.")
-    pictures = [montage(r, max(1, len(r)), 1, gap=gap) for r in rows.values()]
-    labels, size = [textwrap.fill(t, 22) for t in rows], 7
-    left = int(max(len(line) for t in labels for line in t.splitlines())*size*.6*DPI/72) + 16
-    width, space = left + max(p.shape[1] for p in pictures) + 4, 8
-    height = 4 + sum(p.shape[0] + space for p in pictures)
-    with figure_style():
-        fig, y = plt.figure(figsize=(width/DPI, height/DPI), layout="none", dpi=DPI), 4
-        for label, picture in zip(labels, pictures):
-            _place(fig, picture, left, y)
-            fig.text((left - 10)/width, 1 - (y + picture.shape[0]/2)/height, label, ha="right", va="center", fontsize=size)
-            y += picture.shape[0] + space
-    return fig
+    return _page({label: [montage(r, len(r), gap)] for label, r in rows.items() if len(r)})
 
 # %% ../../nbs/library/measure/04_figures.ipynb #30eccd43
 def plot_reconstructions(
     pairs:dict, # set -> (N, H, W, C) uint8 originals, and (N, H, W, C) uint8 reconstructions
-    gain:float=4, # the difference is multiplied by it, > 0
 ) -> Figure:
     "Originals, reconstructions and enlarged differences, a column for each patch and three rows for each set."
     rows = {}
     for name, (a, b) in pairs.items():
-        if np.shape(a) != np.shape(b):
-            raise HistoDiffusionError(f"'{name}' has originals of {np.shape(a)} and reconstructions of {np.shape(b)}: give one of each.")
-        difference = np.clip(128 + gain*(np.asarray(b, float) - a), 0, 255).astype(np.uint8)
-        zoom = max(1, 128//np.shape(a)[1]) if len(a) else 1
-        shown = {f"{name}: original": a, f"{name}: reconstruction": b, f"{name}: difference ×{gain:g}": difference}
-        rows |= {label: np.repeat(np.repeat(im, zoom, 1), zoom, 2) for label, im in shown.items()}
+        difference = np.clip(128 + 4*(np.asarray(b, float) - a), 0, 255).astype(np.uint8)
+        for what, images in (("original", a), ("reconstruction", b), ("difference ×4", difference)):
+            rows[f"{name}: {what}"] = _enlarged(images, 128)
     return contact_sheet(rows)
-
-# %% ../../nbs/library/measure/04_figures.ipynb #dc2d57c6
-def plot_history(
-    history, # rows of `Fit.history`, or a DataFrame of them
-    columns=("loss",), # what to plot against step, one panel each
-    title:str="", # above the figure
-    log:bool=False, # logarithmic values
-) -> Figure:
-    "Training curves: thin as logged, thick as a running median."
-    frame, columns = pd.DataFrame(history), (columns,) if isinstance(columns, str) else tuple(columns)
-    missing = [c for c in ("step", *columns) if c not in frame]
-    if missing:
-        raise HistoDiffusionError(f"The history has no '{missing[0]}': it holds "
-                                  f"{', '.join(map(str, frame.columns)) or 'no rows'}.")
-    with figure_style():
-        width = min(FULL_WIDTH, COLUMN_WIDTH*len(columns))
-        fig, axes = plt.subplots(1, len(columns), figsize=(width, 2.4), squeeze=False)
-        for ax, c, colour in zip(axes[0], columns, sns.color_palette()):
-            ax.plot(frame.step, frame[c], color=colour, alpha=.35, lw=.8)
-            smooth = frame[c].rolling(max(1, len(frame)//20), center=True, min_periods=1).median()
-            ax.plot(frame.step, smooth, color=colour, lw=1.6)
-            ax.set(xlabel="step", ylabel=c.replace("_", " "), yscale="log" if log else "linear")
-            ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        fig.suptitle(title, fontsize=9)
-    return fig
-
-# %% ../../nbs/library/measure/04_figures.ipynb #6ea29eba
-def _method_names(frame):
-    "A name for each row: the method, with its ratio where the method has several."
-    several = frame.groupby("method").ratio.transform("nunique") > 1
-    return [f"{m} {r:.0%}" if s else str(m) for m, r, s in zip(frame.method, frame.ratio, several)]
-
-# %% ../../nbs/library/measure/04_figures.ipynb #6a955735
-def plot_gain(
-    table:pd.DataFrame, # table 1, as `metrics.summarise_methods` makes it
-) -> Figure:
-    "Mean gain in accuracy of each method, with its 95 % interval."
-    needed = ("method", "ratio", "label_fraction", "gain_mean", "gain_ci_low", "gain_ci_high")
-    missing = [c for c in needed if c not in table]
-    if missing: raise HistoDiffusionError(f"The table lacks '{missing[0]}': make it with metrics.summarise_methods.")
-    frame = table[table.method != "real"].reset_index(drop=True)
-    if frame.empty: raise HistoDiffusionError("The table holds no method beside 'real': run one first.")
-    names, fractions = _method_names(frame), list(dict.fromkeys(frame.label_fraction))
-    rows = list(dict.fromkeys(names))
-    with figure_style():
-        fig, ax = plt.subplots(figsize=(COLUMN_WIDTH + 1, 1 + .3*len(rows)*max(1, .6*len(fractions))))
-        looks = zip(fractions, sns.color_palette(n_colors=len(fractions)), "osD^vPX*"*9)
-        for j, (fraction, colour, marker) in enumerate(looks):
-            part = frame[frame.label_fraction == fraction]
-            y = np.array([rows.index(names[i]) for i in part.index]) + (j - (len(fractions) - 1)/2)*.22
-            ax.hlines(y, 100*part.gain_ci_low, 100*part.gain_ci_high, color=colour, lw=1.8)
-            ax.plot(100*part.gain_mean, y, marker, color=colour, ms=5, ls="none", label=f"{fraction:.3g} of labels")
-        ax.axvline(0, color=".3", lw=1, ls="--")
-        ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - .5, -.5), xlabel="gain in accuracy, "
-                                                                                             "percentage points")
-        ax.grid(axis="y", visible=False)
-        if len(fractions) > 1: ax.legend()
-    return fig
-
-# %% ../../nbs/library/measure/04_figures.ipynb #dd7eb5d8
-def plot_selection(
-    report:pd.DataFrame, # of `selection.selection_report`
-) -> Figure:
-    "For each class the patches generated, those that passed each rule, and those kept."
-    stages = [c for c in ("generated", "passed_centroid", "passed_confidence", "passed_both", "kept") if c in report]
-    if "class" not in report or len(stages) < 2:
-        raise HistoDiffusionError("The report lacks 'class', 'generated' or 'kept': make it with "
-                                  "selection.selection_report.")
-    long = report.melt("class", stages, "stage", "patches")
-    long["stage"] = long.stage.str.replace("passed_", "passed ")
-    with figure_style():
-        fig, ax = plt.subplots(figsize=(FULL_WIDTH, 2.6))
-        shades = sns.color_palette("cividis_r", len(stages))
-        sns.barplot(long, x="class", y="patches", hue="stage", ax=ax, palette=shades, saturation=1)
-        ax.set(xlabel="", ylabel="patches")
-        ax.legend(title=None, ncols=len(stages), loc="lower center", bbox_to_anchor=(.5, 1))
-        if max(map(len, report["class"].astype(str))) > 8: ax.tick_params(axis="x", rotation=30)
-    return fig
-
-# %% ../../nbs/library/measure/04_figures.ipynb #233cc429
-def plot_noise_accuracy(
-    t, # (n,) time steps, 0 clean to T - 1 noise
-    accuracy, # (n,) accuracy in 0..1, or {name: (n,) accuracy}
-    chance:float, # accuracy of a guess, 0..1
-) -> Figure:
-    "Accuracy of latent classifiers at each noise level, against chance."
-    curves = accuracy if isinstance(accuracy, dict) else {"": accuracy}
-    wrong = [n for n, a in curves.items() if len(a) != len(t)]
-    if wrong:
-        raise HistoDiffusionError(f"{len(curves[wrong[0]])} accuracies for {len(t)} time steps: give one for each.")
-    with figure_style():
-        fig, ax = plt.subplots(figsize=(COLUMN_WIDTH, 2.6))
-        for (name, a), marker in zip(curves.items(), "osD^vPX*"*9):
-            ax.plot(t, a, marker=marker, ms=4, lw=1.4, label=name or None)
-        ax.axhline(chance, color=".3", lw=1, ls="--")
-        ax.annotate("chance", (min(t), chance), (2, -10), textcoords="offset points", fontsize=8, color=".3")
-        ax.set(xlabel="time step t (0 clean, right: noise)", ylabel="accuracy", ylim=(0, 1.02))
-        if any(curves): ax.legend()
-    return fig
-
-# %% ../../nbs/library/measure/04_figures.ipynb #535014d6
-def _log_ticks(ax, values):
-    "A logarithmic axis with a tick at each value, or at few of many."
-    values = sorted(set(values))
-    ax.set_xscale("log")
-    ax.set_xticks(values[::max(1, len(values)//5)], [f"{v:g}" for v in values[::max(1, len(values)//5)]])
-    ax.set_xticks([], minor=True)
-
-def _scale_panels(axes, table, distance):
-    "Class accuracy and distance against guidance scale, with and without knowledge of the noise."
-    part = table[table.axis == "guidance scale"]
-    for (kind, rows), marker in zip(part.groupby("classifier", sort=False), "os"):
-        for ax, column in zip(axes, ("class_accuracy", distance)):
-            ax.plot(rows.scale, rows[column], marker=marker, ms=4, lw=1.4, label=kind.replace("_", " "))
-    for ax in axes: ax.set(xlabel="guidance scale s")
-    axes[0].set(ylabel="class accuracy (oracle)", ylim=(0, 1.02))
-    axes[0].legend()
-
-# %% ../../nbs/library/measure/04_figures.ipynb #87c410e7
-def _sampler_panel(ax, table, distance):
-    "Distance against network evaluations, a line for each sampler."
-    part = table[table.axis == "sampler"]
-    for (name, rows), marker in zip(part.groupby("scheduler", sort=False), "osD^vP"):
-        ax.plot(rows.evaluations_per_patch, rows[distance], marker=marker, ms=4, lw=1.2, label=name)
-    ax.set(xlabel="network evaluations per patch")
-    _log_ticks(ax, (5, 10, 25, 50, 100, 200) if part.evaluations_per_patch.max() > 50 else part.evaluations_per_patch.round())
-    ax.legend(ncols=2, handlelength=1.2, columnspacing=.8)
-
-def _bar_panel(ax, table, axis, column, labels):
-    "One bar for each cell of an axis."
-    part = table[table.axis == axis]
-    ax.bar(range(len(part)), part[column], color=sns.color_palette()[:1], width=.6)
-    ax.set(xticks=range(len(part)), xticklabels=[labels(r) for r in part.itertuples()])
-    ax.grid(axis="x", visible=False)
-
-# %% ../../nbs/library/measure/04_figures.ipynb #3410e988
-def plot_ablation(
-    table:pd.DataFrame, # of `ablations.sampling_grid`
-    classifiers:pd.DataFrame, # accuracy of latent classifiers by noise level: t, accuracy, classifier
-    encoder:str="efficientnet_lite0", # whose kernel distance is shown
-) -> Figure:
-    "Six panels: what each choice in sampling is worth."
-    distance, name = f"kid_{encoder}", f"KID-{encoder.replace('_', ' ')}"
-    missing = [c for c in ("axis", "class_accuracy", distance) if c not in table]
-    if missing: raise HistoDiffusionError(f"The table lacks '{missing[0]}': make it with ablations.sampling_grid.")
-    with figure_style():
-        fig, axes = plt.subplots(2, 3, figsize=(FULL_WIDTH*1.25, 4.6))
-        (a, b, c), (d, e, f) = axes
-        _scale_panels((a, b), table, distance)
-        _sampler_panel(c, table, distance)
-        for (kind, rows), marker in zip(classifiers.groupby("classifier", sort=False), "os"):
-            d.plot(rows.t, rows.accuracy, marker=marker, ms=4, lw=1.4, label=kind.replace("_", " "))
-        d.set(xlabel="time step t (right: noise)", ylabel="accuracy of the classifier", ylim=(0, 1.02))
-        _bar_panel(e, table, "interval", "class_accuracy", lambda r: r.interval.replace("-", "–"))
-        e.set(xlabel="guidance at times t", ylabel="class accuracy (oracle)")
-        e.tick_params(axis="x", labelsize=6.5)
-        _bar_panel(f, table, "early rejection", "accepted_per_second", lambda r: "early rejection" if r.rejection else "none")
-        f.set(ylabel="accepted patches per second")
-        for ax in (b, c): ax.set(ylabel=name)
-        for ax, letter in zip(axes.flat, "abcdef"): ax.set_title(letter, loc="left", weight="bold")
-    return fig
-
-# %% ../../nbs/library/measure/04_figures.ipynb #ed4c058a
-def plot_adaptation(
-    table:pd.DataFrame, # of `ablations.adaptation_grid`
-    encoder:str="efficientnet_lite0", # whose kernel distance is shown
-) -> Figure:
-    "Class accuracy, distance and near copies of each way to adapt, against the number of labels."
-    distance = f"kid_{encoder}"
-    missing = [c for c in ("adaptation", "labels", "class_accuracy", distance, "near_copy_share") if c not in table]
-    if missing: raise HistoDiffusionError(f"The table lacks '{missing[0]}': make it with ablations.adaptation_grid.")
-    with figure_style():
-        fig, axes = plt.subplots(1, 3, figsize=(FULL_WIDTH*1.25, 2.6))
-        for (name, rows), marker in zip(table.groupby("adaptation", sort=False), "osD^"):
-            for ax, y in zip(axes, (rows.class_accuracy, rows[distance], 100*rows.near_copy_share)):
-                ax.plot(rows.labels, y, marker=marker, ms=4, lw=1.4, label=name.replace("_", " "))
-        axes[2].axhline(1, color=".3", lw=1, ls="--")
-        for ax, y in zip(axes, ("class accuracy (oracle)", f"KID-{encoder.replace('_', ' ')}", "near copies, %")):
-            ax.set(xlabel="labelled patches", ylabel=y)
-            _log_ticks(ax, table.labels)
-        axes[0].set_ylim(0, 1.02)
-        axes[0].legend()
-    return fig
-
-# %% ../../nbs/library/measure/04_figures.ipynb #96630e64
-_CURVES = {"real": "o", "standard_augmentation": "s", "histodiffusion_random": "D", "histodiffusion_selected": "^"}
-
-def _variant_panel(ax, part, palette):
-    "Accuracy of each method along one axis."
-    values = list(dict.fromkeys(part.value))
-    numeric = pd.api.types.is_number(values[0])
-    place = {v: v if numeric else i for i, v in enumerate(values)}
-    real = part[part.method == "real"].groupby("value").accuracy_mean.first()
-    for (method, marker), colour in zip(_CURVES.items(), palette):
-        rows = part[part.method == method].assign(x=lambda d: [place[v] for v in d.value]).sort_values("x")
-        if rows.empty: continue
-        ax.plot(rows.x, 100*rows.accuracy_mean, marker=marker, ms=4, lw=1.4 if numeric else 0, color=colour, label=method.replace("_", " "))
-        if method == "histodiffusion_selected":
-            low, high = (100*(real.loc[rows.value].to_numpy() + rows[f"gain_ci_{end}"].to_numpy()) for end in ("low", "high"))
-            if numeric: ax.fill_between(rows.x, low, high, color=colour, alpha=.15, lw=0)
-            else: ax.vlines(rows.x, low, high, color=colour, lw=1.2)
-    if numeric and min(values) > 0 and max(values) >= 8*min(values): _log_ticks(ax, values)
-    if not numeric: ax.set(xticks=range(len(values)), xticklabels=[textwrap.fill(str(v).replace("_", " "), 12) for v in values])
-    ax.margins(x=.12 if not numeric else .05)
-
-# %% ../../nbs/library/measure/04_figures.ipynb #3314fc09
-def plot_variants(
-    table:pd.DataFrame, # columns axis, value and those of Table 1
-) -> Figure:
-    "Accuracy of each method against what was varied, a panel for each axis."
-    missing = [c for c in ("axis", "value", "method", "accuracy_mean", "gain_ci_low", "gain_ci_high") if c not in table]
-    if missing: raise HistoDiffusionError(f"The table lacks '{missing[0]}': make it with one of the stages ablation_*.")
-    axes_of = list(dict.fromkeys(table.axis))
-    with figure_style():
-        fig, axes = plt.subplots(1, len(axes_of), figsize=(min(FULL_WIDTH, COLUMN_WIDTH*len(axes_of)), 3), squeeze=False)
-        for ax, name in zip(axes[0], axes_of):
-            _variant_panel(ax, table[table.axis == name].infer_objects(), sns.color_palette())
-            ax.set(xlabel=name)
-            if name.startswith("share"): ax.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
-        axes[0, 0].set(ylabel="accuracy on test patches, %")
-        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4 if len(axes_of) > 1 else 2)
-    return fig
 
 # %% ../../nbs/library/measure/04_figures.ipynb #740b9b64
 def plot_pairs(
@@ -431,60 +173,193 @@ def plot_pairs(
     neighbours:np.ndarray, # (N, H, W, C) uint8, the nearest real patch of each
     distances, # (N,) between them
 ) -> Figure:
-    "Synthetic patches above their nearest real neighbours."
-    if not len(synthetic) == len(neighbours) == len(distances) > 0:
-        raise HistoDiffusionError(f"{len(synthetic)} patches, {len(neighbours)} neighbours, {len(distances)} distances: give one each.")
-    n = len(synthetic)
-    with figure_style():
-        fig, axes = plt.subplots(2, n, figsize=(FULL_WIDTH, 2*FULL_WIDTH/max(n, 4) + .5), squeeze=False)
-        for row, (name, pictures) in zip(axes, (("synthetic", synthetic), ("nearest real", neighbours))):
-            for ax, picture in zip(row, pictures):
-                ax.imshow(picture.squeeze(), cmap="gray" if picture.shape[-1] == 1 else None, vmin=0, vmax=255, interpolation="nearest")
-                ax.set(xticks=[], yticks=[])
-                for s in ax.spines.values(): s.set_visible(False)
-            row[0].set_ylabel(name)
-        for ax, d in zip(axes[1], distances): ax.set_xlabel(f"{d:.2f}")
+    "Synthetic patches above their nearest real neighbours, with their distances."
+    rows = {"synthetic": synthetic, "nearest real": neighbours}
+    return _page({label: [montage([im], 1) for im in _enlarged(images, 128)] for label, images in rows.items()},
+                 [f"{d:.2f}" for d in distances])
+
+# %% ../../nbs/library/measure/04_figures.ipynb #98f79e2a
+def _lines(axes, table, by, x, ys, xlabel, log=False):
+    "A panel for each column of `ys` (column -> label), with a line for each value of the column `by`."
+    for ax, (y, label) in zip(axes, ys.items()):
+        for (name, rows), marker in zip(table.groupby(by, sort=False), "osD^vPX*"*9):
+            ax.plot(rows[x], rows[y], marker=marker, ms=4, lw=1.4, label=str(name).replace("_", " "))
+        ax.set(xlabel=xlabel, ylabel=label, xscale="log" if log else "linear")
+        if y.endswith("accuracy"): ax.set_ylim(0, 1.02)
+        ticks = dict(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
+        if log: ax.xaxis.set(**ticks)
+    axes[0].legend()
+
+# %% ../../nbs/library/measure/04_figures.ipynb #cf9b7ef4
+@figure_style()
+def plot_history(
+    history, # rows of `Fit.history`
+) -> Figure:
+    "Training loss against steps: thin as logged, thick as a running median."
+    frame = pd.DataFrame(history)
+    fig, ax = plt.subplots(figsize=(COLUMN_WIDTH, 2.4))
+    ax.plot(frame.step, frame.loss, alpha=.35, lw=.8)
+    smooth = frame.loss.rolling(max(1, len(frame)//20), center=True, min_periods=1).median()
+    ax.plot(frame.step, smooth, color=ax.lines[0].get_color(), lw=1.6)
+    ax.set(xlabel="step", ylabel="loss")
+    return fig
+
+# %% ../../nbs/library/measure/04_figures.ipynb #6ea29eba
+def _gain_bars(ax, names, gain, low, high):
+    "A point and an interval for each name, percentage points, against zero."
+    y = np.arange(len(names))
+    ax.hlines(y, 100*low, 100*high, color=sns.color_palette()[0], lw=1.8)
+    ax.plot(100*gain, y, "o", ms=5)
+    ax.axvline(0, **_DASHED)
+    ax.set(yticks=y, yticklabels=names, ylim=(len(y) - .5, -.5))
+    ax.grid(axis="y", visible=False)
+
+@figure_style()
+def plot_gain(
+    table:pd.DataFrame, # table 1, as `statistics.summarise_methods` makes it
+) -> Figure:
+    "Mean gain in accuracy of each method, with its 95 % interval."
+    table = table[table.method != "real"]
+    several = table.groupby("method").ratio.transform("nunique") > 1
+    names = [f"{m} {r:.0%}" if s else str(m) for m, r, s in zip(table.method, table.ratio, several)]
+    fig, ax = plt.subplots(figsize=(COLUMN_WIDTH + 1, 1 + .3*len(names)))
+    _gain_bars(ax, names, table.gain_mean, table.gain_ci_low, table.gain_ci_high)
+    ax.set(xlabel="gain in accuracy, percentage points")
+    return fig
+
+# %% ../../nbs/library/measure/04_figures.ipynb #5a821d45
+@figure_style()
+def plot_class_gain(
+    table:pd.DataFrame, # class, and gain, gain_ci_low, gain_ci_high in recall over `real`, fractions of 1
+    confusion:np.ndarray, # (K, K) change of the confusion matrix, rows true classes, shares of a class
+) -> Figure:
+    "Gain in recall of each class, and the change of the confusion matrix."
+    names, most = list(table["class"]), max(1, 100*np.abs(confusion).max())
+    fig, (ax, heat) = plt.subplots(1, 2, figsize=(FULL_WIDTH, 1.2 + .25*len(names)), width_ratios=(1, 1.25))
+    _gain_bars(ax, names, table.gain, table.gain_ci_low, table.gain_ci_high)
+    ax.set(xlabel="gain in recall, percentage points")
+    sns.heatmap(100*confusion, ax=heat, cmap="PuOr", center=0, vmin=-most, vmax=most, annot=True, fmt=".0f",
+                annot_kws=dict(size=6.5), cbar=False, xticklabels=names, yticklabels=False, linewidths=.5)
+    heat.set(xlabel="predicted; change in points")
+    heat.tick_params(axis="x", rotation=45)
+    return fig
+
+# %% ../../nbs/library/measure/04_figures.ipynb #233cc429
+@figure_style()
+def plot_noise_accuracy(
+    t, # (n,) time steps, 0 clean to T - 1 noise
+    accuracy, # (n,) in 0..1
+    random_guess:float, # accuracy of a random guess, 0..1
+) -> Figure:
+    "Accuracy of a latent classifier at each noise level, against that of a random guess."
+    fig, ax = plt.subplots(figsize=(COLUMN_WIDTH, 2.6))
+    ax.plot(t, accuracy, marker="o", ms=4, lw=1.4)
+    ax.axhline(random_guess, **_DASHED)
+    ax.annotate("random guess", (min(t), random_guess), (2, -10), textcoords="offset points", fontsize=8, color=".3")
+    ax.set(xlabel="time step t (0: clean, right: noise)", ylabel="accuracy", ylim=(0, 1.02))
+    return fig
+
+# %% ../../nbs/library/measure/04_figures.ipynb #535014d6
+_QUALITY = {"class_accuracy": "class accuracy (oracle)", "kid_efficientnet_lite0": "KID-efficientnet lite0"}
+
+def _bars(ax, heights, names, ylabel):
+    "One bar for each row of an axis."
+    ax.bar(range(len(heights)), heights, color=sns.color_palette()[:1], width=.6)
+    ax.set(xticks=range(len(heights)), xticklabels=names, ylabel=ylabel)
+    ax.grid(axis="x", visible=False)
+
+# %% ../../nbs/library/measure/04_figures.ipynb #3410e988
+@figure_style()
+def plot_ablation(
+    table:pd.DataFrame, # of the stage sampling_grid
+    classifiers:pd.DataFrame, # accuracy of latent classifiers by noise level: t, accuracy, classifier
+) -> Figure:
+    "Six panels: the effect of each choice in sampling."
+    fig, ((a, b, c), (d, e, f)) = plt.subplots(2, 3, figsize=(FULL_WIDTH*1.25, 4.6))
+    parts = dict(list(table.groupby("axis")))
+    times, early = parts["interval"], parts["early rejection"]
+    _lines((a, b), parts["guidance scale"], "classifier", "scale", _QUALITY, "guidance scale s")
+    x, y = "evaluations_per_patch", "kid_efficientnet_lite0"
+    _lines((c,), parts["sampler"], "scheduler", x, {y: _QUALITY[y]}, "network evaluations per patch", log=True)
+    _lines((d,), classifiers, "classifier", "t", {"accuracy": "classifier's accuracy"}, "time step t (right: noise)")
+    _bars(e, times.class_accuracy, times.interval.str.replace("-", "–"), _QUALITY["class_accuracy"])
+    e.set(xlabel="guidance at times t")
+    e.tick_params(axis="x", labelsize=6.5)
+    names = ["early rejection" if r else "none" for r in early.rejection]
+    _bars(f, early.accepted_per_second, names, "accepted patches per second")
+    for ax, letter in zip(fig.axes, "abcdef"): ax.set_title(letter, loc="left", weight="bold")
+    return fig
+
+# %% ../../nbs/library/measure/04_figures.ipynb #6b2d1b2a
+@figure_style()
+def plot_quality_seconds(
+    table:pd.DataFrame, # of the stage sampling_grid
+) -> Figure:
+    "Class accuracy and kernel distance against seconds per patch, a line for each sampler."
+    part = table[table.axis == "sampler"].assign(each=lambda d: d.seconds/d.patches)
+    fig, axes = plt.subplots(1, 2, figsize=(FULL_WIDTH, 2.8))
+    _lines(axes, part, "scheduler", "each", _QUALITY, "seconds per patch", log=True)
+    return fig
+
+# %% ../../nbs/library/measure/04_figures.ipynb #ed4c058a
+@figure_style()
+def plot_adaptation(
+    table:pd.DataFrame, # of the stage adaptation_grid
+) -> Figure:
+    "Class accuracy, distance and near copies of each way to adapt, against the number of labels."
+    fig, axes = plt.subplots(1, 3, figsize=(FULL_WIDTH*1.25, 2.6))
+    table, ys = table.assign(copies=100*table.near_copy_share), _QUALITY | {"copies": "near copies, %"}
+    _lines(axes, table, "adaptation", "labels", ys, "labelled patches", log=True)
+    axes[2].axhline(1, **_DASHED)
+    return fig
+
+# %% ../../nbs/library/measure/04_figures.ipynb #96630e64
+def _variant_panel(ax, part):
+    "Accuracy of each method along one axis."
+    numeric, names = pd.api.types.is_number(part.value.iloc[0]), part.value.drop_duplicates()
+    values = sorted(names) if numeric else list(names)
+    methods = dict(zip(("real", "standard_augmentation", "histodiffusion_random", "histodiffusion_selected"), "osD^"))
+    for method, marker in methods.items():
+        rows = part[part.method == method].set_index("value").reindex(values)
+        ax.plot(100*rows.accuracy_mean.to_numpy(), marker=marker, ms=4, lw=1.4*numeric, label=method.replace("_", " "))
+    real = part[part.method == "real"].groupby("value").accuracy_mean.first().reindex(values)
+    low, high = (100*(real + rows[f"gain_ci_{end}"]) for end in ("low", "high"))
+    ax.vlines(range(len(values)), low, high, color=ax.lines[-1].get_color(), lw=1.2)
+    text = "{:.0%}" if part.axis.iloc[0].startswith("share") else "{:g}" if numeric else "{}"
+    ax.set_xticks(range(len(values)), [textwrap.fill(text.format(v).replace("_", " "), 12) for v in values])
+    ax.set(xlabel=part.axis.iloc[0])
+    ax.margins(x=.1)
+
+# %% ../../nbs/library/measure/04_figures.ipynb #3314fc09
+@figure_style()
+def plot_variants(
+    table:pd.DataFrame, # columns axis, value and those of Table 1
+) -> Figure:
+    "Accuracy of each method against what was varied, a panel for each axis."
+    parts = [part for _, part in table.groupby("axis", sort=False)]
+    fig, axes = plt.subplots(1, len(parts), figsize=(min(FULL_WIDTH, COLUMN_WIDTH*len(parts)), 3), squeeze=False)
+    for ax, part in zip(axes[0], parts): _variant_panel(ax, part.infer_objects())
+    axes[0, 0].set(ylabel="accuracy on test patches, %")
+    handles = axes[0, 0].get_legend_handles_labels()
+    fig.legend(*handles, loc="outside upper center", ncols=4 if len(parts) > 1 else 2)
     return fig
 
 # %% ../../nbs/library/measure/04_figures.ipynb #5a821d44
+@figure_style()
 def plot_calibration(
     bins:pd.DataFrame, # method, confidence, accuracy, share: a row for each bin of confidence
 ) -> Figure:
     "Accuracy against confidence of each method."
-    with figure_style():
-        fig, (ax, low) = plt.subplots(2, 1, figsize=(COLUMN_WIDTH, 4), height_ratios=(3, 1), sharex=True)
-        ax.plot([0, 1], [0, 1], color=".3", lw=1, ls="--")
-        for (method, rows), marker, colour in zip(bins.groupby("method", sort=False), "osD^vP", sns.color_palette()):
-            ax.plot(rows.confidence, rows.accuracy, marker=marker, ms=4, lw=1.4, color=colour, label=method.replace("_", " "))
-            low.plot(rows.confidence, 100*rows.share, marker=marker, ms=3, lw=1, color=colour)
-        ax.set(ylabel="accuracy", ylim=(0, 1.02))
-        low.set(xlabel="confidence", ylabel="patches, %", xlim=(0, 1.02), ylim=(0, None))
-        ax.legend()
-    return fig
-
-# %% ../../nbs/library/measure/04_figures.ipynb #f2f9cc07
-def plot_class_gain(
-    table:pd.DataFrame, # class, gain, gain_ci_low, gain_ci_high: recall of a method minus that of `real`, fractions of 1
-    confusion:np.ndarray, # (K, K) change of the confusion matrix, rows true classes, shares of a class
-) -> Figure:
-    "Which classes gain and lose, and what they are now mistaken for."
-    names, k = list(table["class"]), len(table)
-    with figure_style():
-        fig, (ax, heat) = plt.subplots(1, 2, figsize=(FULL_WIDTH, 1.2 + .25*k), width_ratios=(1, 1.25))
-        y = np.arange(k)
-        ax.hlines(y, 100*table.gain_ci_low, 100*table.gain_ci_high, color=sns.color_palette()[0], lw=1.8)
-        ax.plot(100*table.gain, y, "o", ms=5)
-        ax.axvline(0, color=".3", lw=1, ls="--")
-        ax.set(yticks=y, yticklabels=names, ylim=(k - .5, -.5), xlabel="gain in recall, percentage points")
-        ax.grid(axis="y", visible=False)
-        most = max(1, 100*np.abs(confusion).max())
-        sns.heatmap(100*confusion, ax=heat, cmap="PuOr", center=0, vmin=-most, vmax=most, annot=True, fmt=".0f",
-                    annot_kws=dict(size=6.5), cbar=False, xticklabels=names, yticklabels=False, linewidths=.5)
-        heat.set(xlabel="predicted; change in points")
-        heat.tick_params(axis="x", rotation=45)
+    fig, (ax, low) = plt.subplots(2, 1, figsize=(COLUMN_WIDTH, 4), height_ratios=(3, 1), sharex=True)
+    ax.axline((0, 0), (1, 1), **_DASHED)
+    ys = dict(accuracy="accuracy", percent="patches, %")
+    _lines((ax, low), bins.assign(percent=100*bins.share), "method", "confidence", ys, "confidence")
+    ax.set(xlabel="")
+    low.set(xlim=(0, 1.02), ylim=(0, None))
     return fig
 
 # %% ../../nbs/library/measure/04_figures.ipynb #ad1ae6d6
+@figure_style()
 def plot_feature_map(
     points:np.ndarray, # (N, 2)
     labels:np.ndarray, # (N,) 0..K-1
@@ -492,58 +367,36 @@ def plot_feature_map(
     classes:tuple, # K class names
 ) -> Figure:
     "Real patches as dots, synthetic ones as crosses, coloured by class."
-    with figure_style():
-        fig, ax = plt.subplots(figsize=(FULL_WIDTH*.8, FULL_WIDTH*.55))
-        for k, colour in zip(range(len(classes)), sns.color_palette("colorblind", len(classes))):
-            for kind, look in ((False, dict(marker="o", s=9, lw=0, alpha=.6)), (True, dict(marker="x", s=16, lw=.9))):
-                mine = points[(labels == k) & (synthetic == kind)]
-                ax.scatter(*mine.T, color=colour, label=None if kind else classes[k], **look)
-        ax.scatter([], [], color=".3", marker="x", s=16, lw=.9, label="synthetic")
-        ax.set(xticks=[], yticks=[])
-        ax.grid(visible=False)
-        ax.legend(loc="center left", bbox_to_anchor=(1, .5), markerscale=1.5)
+    fig, ax = plt.subplots(figsize=(FULL_WIDTH*.8, FULL_WIDTH*.55))
+    kind = np.where(synthetic, "synthetic", "real")
+    sns.scatterplot(x=points[:, 0], y=points[:, 1], hue=np.array(classes)[labels], hue_order=classes, style=kind,
+                    markers=dict(real="o", synthetic="X"), palette="colorblind", s=20, ax=ax)
+    ax.set(xticks=[], yticks=[])
+    sns.move_legend(ax, "center left", bbox_to_anchor=(1, .5))
     return fig
 
 # %% ../../nbs/library/measure/04_figures.ipynb #84145c74
+_BOXES = {  # name: (x, y, colour of the palette)
+    "unlabelled\npatches": (0, 2.1, 7), "autoencoder\nz = E(x)": (1.1, 2.1, 0),
+    "diffusion prior\nε(z, t)": (2.2, 2.1, 0), "few labelled\npatches": (0, 0, 7),
+    "latent classifier\np(y | z, t)": (1.1, 1.2, 1), "adapted prior": (2.2, .75, 1), "guided\nsampling": (3.2, 1.3, 2),
+    "selection": (4.1, 1.3, 2), "backbone\nreal + synthetic": (4.1, 0, 3)}
+_ARROWS = ((0, 1), (1, 2), (2, 5), (3, 4), (3, 5), (4, 6), (5, 6), (6, 7), (7, 8), (3, 8)) # from box to box
+
+@figure_style()
 def method_diagram() -> Figure:
     "Boxes and arrows: from unlabelled patches to the backbone."
-    boxes = {  # name: (x, y, colour of the palette)
-        "unlabelled\npatches": (0, 2.1, 7), "autoencoder\nz = E(x)": (1.1, 2.1, 0), "diffusion prior\nε(z, t)": (2.2, 2.1, 0),
-        "few labelled\npatches": (0, 0, 7), "latent classifier\np(y | z, t)": (1.1, 1.2, 1), "adapted prior": (2.2, .75, 1),
-        "guided\nsampling": (3.2, 1.3, 2), "selection": (4.1, 1.3, 2), "backbone\nreal + synthetic": (4.1, 0, 3)}
-    arrows = [(0, 1), (1, 2), (2, 5), (3, 4), (3, 5), (4, 6), (5, 6), (6, 7), (7, 8), (3, 8)]
-    with figure_style():
-        fig, ax = plt.subplots(figsize=(FULL_WIDTH, 2.9))
-        ax.set(xlim=(-.45, 4.65), ylim=(-.55, 2.75))
-        shades = sns.color_palette("pastel")
-        texts = [ax.text(x, y, name, ha="center", va="center", fontsize=8.5, zorder=3,
-                         bbox=dict(boxstyle="round,pad=.5", fc=shades[colour], ec=".35", lw=.8)) for name, (x, y, colour) in boxes.items()]
-        fig.canvas.draw()  # boxes get their sizes
-        for a, b in arrows:
-            ends = dict(patchA=texts[a].get_bbox_patch(), patchB=texts[b].get_bbox_patch())
-            ax.annotate("", texts[b].get_position(), texts[a].get_position(),
-                        arrowprops=dict(arrowstyle="-|>", color=".35", lw=1, shrinkA=1, shrinkB=1, **ends), zorder=1)
-        for y, words in ((2.6, "without labels"), (-.5, "with few labels")): ax.text(-.4, y, words, fontsize=8, color=".35", style="italic")
-        ax.axis("off")
-    return fig
-
-# %% ../../nbs/library/measure/04_figures.ipynb #6b2d1b2a
-def plot_quality_seconds(
-    table:pd.DataFrame, # of `ablations.sampling_grid`
-    encoder:str="efficientnet_lite0", # whose kernel distance is shown
-) -> Figure:
-    "Class accuracy and kernel distance against seconds per patch, a line for each sampler."
-    part = table[table.axis == "sampler"].assign(each=lambda d: d.seconds/d.patches)
-    if part.empty: raise HistoDiffusionError("The table has no row of axis 'sampler': make it with ablations.sampling_grid.")
-    ticks = [t for e in range(-4, 4) for t in (10**e, 2*10**e, 5*10**e) if part.each.min()/1.4 <= t <= 1.4*part.each.max()]
-    with figure_style():
-        fig, axes = plt.subplots(1, 2, figsize=(FULL_WIDTH, 2.8))
-        for (name, rows), marker in zip(part.groupby("scheduler", sort=False), "osD^vP"):
-            for ax, column in zip(axes, ("class_accuracy", f"kid_{encoder}")):
-                ax.plot(rows.each, rows[column], marker=marker, ms=4, lw=1.2, label=name)
-        for ax, y in zip(axes, ("class accuracy (oracle)", f"KID-{encoder.replace('_', ' ')}")):
-            ax.set(xlabel="seconds per patch", ylabel=y)
-            _log_ticks(ax, ticks)
-        axes[0].set_ylim(0, 1.02)
-        axes[0].legend(ncols=2)
+    fig, ax = plt.subplots(figsize=(FULL_WIDTH, 2.9))
+    ax.set(xlim=(-.45, 4.65), ylim=(-.55, 2.75))
+    ax.axis("off")
+    for y, words in ((2.6, "without labels"), (-.5, "with few labels")):
+        ax.text(-.4, y, words, fontsize=8, color=".35", style="italic")
+    frame = lambda colour: dict(boxstyle="round,pad=.5", fc=sns.color_palette("pastel")[colour], ec=".35", lw=.8)
+    texts = [ax.text(x, y, name, ha="center", va="center", fontsize=8.5, zorder=3, bbox=frame(colour))
+             for name, (x, y, colour) in _BOXES.items()]
+    fig.canvas.draw()  # gives the boxes their sizes
+    for a, b in ((texts[i], texts[j]) for i, j in _ARROWS):
+        ends = dict(patchA=a.get_bbox_patch(), patchB=b.get_bbox_patch())
+        arrow = dict(arrowstyle="-|>", color=".35", lw=1, shrinkA=1, shrinkB=1, **ends)
+        ax.annotate("", b.get_position(), a.get_position(), arrowprops=arrow, zorder=1)
     return fig
