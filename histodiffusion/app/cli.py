@@ -194,7 +194,7 @@ def explain(command: str) -> str:
         place = {"artefacts": f"results/artefacts/{stage.name}-<key>/"}.get(
             stage.folder, f"{stage.folder}/<profile>/<data set>/")  # fmt: skip
         lines += [f"{stage.name}{', for each seed' if stage.per_seed else ''}: {stage.what};",
-                  f"    reads {', '.join(stage.upstream) or sets[stage.data]}; writes {stage.writes}, in {place}"]  # fmt: skip
+                  f"    reads {', '.join(stage.upstream) or sets[stage.data]}; writes {stage.writes or ', '.join(stage.outputs)}, in {place}"]  # fmt: skip
     head = "\n\nStages; missing ones before them are made first, finished ones are kept:\n"
     return "\n".join([head, *lines]) if lines else ""
 

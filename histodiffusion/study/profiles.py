@@ -7,9 +7,10 @@ __all__ = ['Count', 'CountOrZero', 'Positive', 'PositiveOrZero', 'Share', 'Share
            'DataSettings', 'AutoencoderSettings', 'PriorSettings', 'AdaptationSettings', 'SamplingSettings',
            'BackboneSettings', 'BaselineSettings', 'AblationSettings', 'Expected', 'Profile', 'get_profile']
 
-# %% ../../nbs/library/study/01_profiles.ipynb #db41fb60
-import difflib
-from dataclasses import asdict, dataclass, field, fields, replace
+# %% ../../nbs/library/study/01_profiles.ipynb #db5108d0
+import difflib, tomllib
+from dataclasses import asdict, dataclass, field, replace
+from importlib.resources import files
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
@@ -18,7 +19,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from ..core import HistoDiffusionError
 from ..measure.selection import RULES
 
-# %% ../../nbs/library/study/01_profiles.ipynb #0d6c8e5e
+# %% ../../nbs/library/study/01_profiles.ipynb #f2b3ce2a
 Count = Annotated[int, Field(gt=0)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -27,7 +28,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 ShareAboveZero = Annotated[float, Field(gt=0, le=1)]
 Time = Annotated[int, Field(ge=0, le=1000)]
 
-# %% ../../nbs/library/study/01_profiles.ipynb #4439d3b1
+# %% ../../nbs/library/study/01_profiles.ipynb #8eaaa72a
 @dataclass(frozen=True)
 class DataSettings:
     "Data and labels."
@@ -37,7 +38,7 @@ class DataSettings:
     label_fraction: ShareAboveZero = .1 # share of the training labels that is used, > 0, <= 1
     seeds: tuple[CountOrZero, ...] = (0, 1) # repeats, >= 0; each draws its own labelled patches
 
-# %% ../../nbs/library/study/01_profiles.ipynb #7bec5189
+# %% ../../nbs/library/study/01_profiles.ipynb #3aed9958
 @dataclass(frozen=True)
 class AutoencoderSettings:
     "The autoencoder (first stage)."
@@ -60,7 +61,7 @@ class AutoencoderSettings:
     roughness_weight: PositiveOrZero = .08 # weight of the penalty on rough latents, >= 0
     latent_noise: PositiveOrZero = 2. # largest noise added to latents in training, in their standard deviations, >= 0
 
-# %% ../../nbs/library/study/01_profiles.ipynb #f86e1a7e
+# %% ../../nbs/library/study/01_profiles.ipynb #12e0815b
 @dataclass(frozen=True)
 class PriorSettings:
     "The diffusion prior, trained without labels."
@@ -73,7 +74,7 @@ class PriorSettings:
     diffusion_batch: Count = 32 # latents per step, > 0
     diffusion_lr: Positive = 1e-3 # peak learning rate, > 0
 
-# %% ../../nbs/library/study/01_profiles.ipynb #77894bdd
+# %% ../../nbs/library/study/01_profiles.ipynb #998d8b00
 @dataclass(frozen=True)
 class AdaptationSettings:
     "Adaptation to the labelled set."
@@ -87,7 +88,7 @@ class AdaptationSettings:
     classifier_lr: Positive = 5e-4 # peak learning rate, > 0
     classifier_mode: Literal["noise_aware", "clean"] = "noise_aware" # clean: t = 0 only, as in the reference code
 
-# %% ../../nbs/library/study/01_profiles.ipynb #90985036
+# %% ../../nbs/library/study/01_profiles.ipynb #47043113
 @dataclass(frozen=True)
 class SamplingSettings:
     "Sampling with classifier guidance, and selection."
@@ -102,7 +103,7 @@ class SamplingSettings:
     selection_threshold: ShareAboveZero = .5 # lowest posterior of the target class that is kept, > 0, <= 1
     selection_diversity: PositiveOrZero = 0. # least distance of kept patches, in spacings of real ones; 0: none
 
-# %% ../../nbs/library/study/01_profiles.ipynb #6cf9cfd4
+# %% ../../nbs/library/study/01_profiles.ipynb #1904454b
 @dataclass(frozen=True)
 class BackboneSettings:
     "The backbone classifier, and the teacher that selects patches for it."
@@ -119,7 +120,7 @@ class BackboneSettings:
     ratios: tuple[Positive, ...] = (.5, 1.) # ratios to compare, with random and with selected patches
     precision: Literal["no", "bf16", "fp16", "auto"] = "no" # mixed precision; auto: bf16 where it is faster
 
-# %% ../../nbs/library/study/01_profiles.ipynb #b7fc60a4
+# %% ../../nbs/library/study/01_profiles.ipynb #7c2e815e
 @dataclass(frozen=True)
 class BaselineSettings:
     "Baselines, and the oracle that measures synthetic patches."
@@ -134,7 +135,7 @@ class BaselineSettings:
     oracle_steps: Count = 50 # optimiser steps, > 0
     oracle_lr: Positive = 4e-3 # peak learning rate, > 0
 
-# %% ../../nbs/library/study/01_profiles.ipynb #b17a149f
+# %% ../../nbs/library/study/01_profiles.ipynb #a6fdd0cc
 @dataclass(frozen=True)
 class AblationSettings:
     "Grids of the ablations."
@@ -152,11 +153,11 @@ class AblationSettings:
     ablation_ratios: tuple[Positive, ...] = (1.5,) # further ratios of synthetic to real patches
     ablation_backbones: tuple[str, ...] = ("test_vit",) # further backbones, besides the packaged encoder
 
-# %% ../../nbs/library/study/01_profiles.ipynb #ee0ed8b1
+# %% ../../nbs/library/study/01_profiles.ipynb #7ab06f6f
 SECTIONS = (DataSettings, AutoencoderSettings, PriorSettings, AdaptationSettings, SamplingSettings, BackboneSettings,
             BaselineSettings, AblationSettings)
 
-# %% ../../nbs/library/study/01_profiles.ipynb #d356d07d
+# %% ../../nbs/library/study/01_profiles.ipynb #4da64199
 @dataclass(frozen=True)
 class Expected:
     "The accuracies that a run should reach, and how the run that reached them was made."
@@ -164,12 +165,12 @@ class Expected:
     overrides: dict = field(default_factory=dict) # settings that were changed
     sets: tuple = () # pre-training sets; (): the default for the target
 
-# %% ../../nbs/library/study/01_profiles.ipynb #f29bfcbe
+# %% ../../nbs/library/study/01_profiles.ipynb #ee58c0d2
 @checked_dataclass(frozen=True)
 class Profile(*reversed(SECTIONS)):
     "All settings of a run."
     name: str = "smoke" # the preset it comes from
-    description: str = "the whole chain in minutes on two cores; its numbers mean little" # one line
+    description: str = "" # one line
     expected: dict = field(default_factory=dict, hash=False) # labelled set -> Expected; sets the preset was run on
 
     def settings(self):
@@ -179,7 +180,7 @@ class Profile(*reversed(SECTIONS)):
     def __post_init__(self):
         for problem in _problems(self): raise ValueError(problem)
 
-# %% ../../nbs/library/study/01_profiles.ipynb #1e92175e
+# %% ../../nbs/library/study/01_profiles.ipynb #b1d1c018
 def _problems(p):
     "What is wrong with a combination of settings, one sentence each."
     halvings = len(p.autoencoder_channels) + len(p.unet_channels) - 1
@@ -196,61 +197,20 @@ def _problems(p):
             p.image_size % 2**max(halvings, 0)}
     return [sentence for sentence, found in wrong.items() if found]
 
-# %% ../../nbs/library/study/01_profiles.ipynb #9a558a4c
-_OPEN_SETS = ("pcam", "breakhis", "nct-crc-he")
-_OTHER_SETS = ("lc25000", "monuseg", "tcga-ut")
-_SMALL_EXPECTED = {
-    "kather2016-grey64": Expected(
-        {"real@0": (.723, .02), "histodiffusion_selected@1": (.754, .02), "histodiffusion_selected@3": (.763, .02)},
-        dict(prior="open-grey-64", prior_steps=1500), (*_OPEN_SETS, "crc-polyps", *_OTHER_SETS)),
-    "crc-polyps": Expected(
-        {"real@0": (.815, .03), "histodiffusion_selected@1": (.800, .03), "histodiffusion_selected@3": (.826, .03)},
-        dict(start_time=450, samples_per_class=480, ratios=(1., 3.)), (*_OPEN_SETS, "kather2016-colour", *_OTHER_SETS))}
+# %% ../../nbs/library/study/01_profiles.ipynb #0c455837
+def _read_presets():
+    "The presets of profiles.toml."
+    records = tomllib.loads(files("histodiffusion.study").joinpath("profiles.toml").read_text(encoding="utf-8"))
+    presets = {}
+    for name, record in records.items():
+        expected = {k: Expected(**v) for k, v in record.pop("expected", {}).items()}
+        base = presets[record.pop("extends")] if "extends" in record else Profile()
+        presets[name] = replace(base, name=name, expected=expected, **record)
+    return presets
 
-# %% ../../nbs/library/study/01_profiles.ipynb #05e821fd
-_SMALL = dict(
-    name="small", description="real tissue on two CPU cores; hours", expected=_SMALL_EXPECTED,
-    image_size=64, pretrain_patches=30_000, label_fraction=.05, seeds=(0, 1, 2),
-    autoencoder_channels=(64, 128), autoencoder_layers=2, latent_channels=16, latent_channels_grey=4,
-    autoencoder_steps=3500, autoencoder_batch=16, autoencoder_lr=2e-3,
-    unet_channels=(48, 96, 192), unet_attention=(False, True, True),
-    diffusion_steps=4000, diffusion_batch=64, diffusion_lr=8e-4,
-    finetune_steps=400, classifier_steps=400, classifier_batch=64, classifier_lr=2e-3,
-    scheduler="unipc", sampler_steps=10, guidance_scale=3., samples_per_class=240,
-    backbone="test_vit", backbone_steps=800, backbone_lr=1e-3, teacher_steps=600, precision="auto",
-    ratios=(.5, 1., 2., 3.), gan_steps=800, conditional_steps=400, oracle_steps=800,
-    ablation_per_class=10, ablation_scales=(0., 1., 3., 8.), ablation_steps=(5, 10, 40),
-    ablation_schedulers=("ddim", "ddpm", "dpmpp", "unipc"), ablation_fractions=(.02, .05), ablation_finetune_steps=150,
-    ablation_labels=(.01, .2), ablation_pools=(3000,), ablation_ratios=(3., 10.), ablation_backbones=("test_resnet",))
+PROFILES: dict[str, Profile] = _read_presets()
 
-# %% ../../nbs/library/study/01_profiles.ipynb #99fdc49a
-_GPU = _SMALL | dict(
-    name="gpu", description="one GPU; tried as far as the candidates, its patches not yet tested", expected={},
-    seeds=(0, 1, 2, 3, 4), pretrain_patches=60_000,
-    unet_channels=(64, 128, 256), prediction="v_prediction", min_snr_gamma=0.,
-    diffusion_steps=3500, diffusion_batch=512,
-    finetune_steps=200, finetune_lr=4e-4, conditional_steps=200, samples_per_class=480, ratios=(1., 3.),
-    ablation_pools=(), ablation_sets=(0,))
-
-# %% ../../nbs/library/study/01_profiles.ipynb #ef5e7e84
-_PAPER = _GPU | dict(
-    name="paper", description="the reference's published sizes, several GPU days; untried",
-    image_size=256, pretrain_patches=1_000_000,
-    autoencoder_channels=(256, 512), autoencoder_layers=3, latent_channels=3, latent_channels_grey=3,
-    autoencoder_steps=200_000, autoencoder_batch=16, autoencoder_crop=256, autoencoder_lr=1e-4, critic_weight=.1,
-    unet_channels=(192, 384, 384, 768, 768), unet_attention=(True,)*5, unet_layers=2,
-    prediction="epsilon", diffusion_steps=500_000, diffusion_batch=64, diffusion_lr=1e-4,
-    finetune_steps=20_000, finetune_lr=2e-5, classifier_steps=20_000, classifier_batch=32, classifier_lr=5e-5,
-    sampler_steps=50, eta=1., guidance_scale=10., samples_per_class=1000, synthetic_share=0.,
-    backbone="vit_small_patch16_224", backbone_steps=20_000, backbone_batch=64,
-    teacher="vit_small_patch16_224", teacher_steps=20_000, teacher_lr=1e-3, ratios=(.5, 1., 2., 3.))
-
-# %% ../../nbs/library/study/01_profiles.ipynb #fdc817ac
-_SMOKE = {"phantom:target": Expected({"real@0": (.685, .06), "histodiffusion_selected@1": (.667, .06)})}
-PROFILES: dict[str, Profile] = {
-    p.name: p for p in (Profile(expected=_SMOKE), Profile(**_SMALL), Profile(**_GPU), Profile(**_PAPER))}
-
-# %% ../../nbs/library/study/01_profiles.ipynb #6660caea
+# %% ../../nbs/library/study/01_profiles.ipynb #b28011b5
 def get_profile(
     name:str="smoke", # smoke, small, gpu or paper
     **overrides, # settings to change, by name
@@ -263,7 +223,7 @@ def get_profile(
     except ValidationError as e:
         raise HistoDiffusionError(f"Profile '{name}' cannot run: {'; '.join(map(_sentence, e.errors()))}.") from None
 
-# %% ../../nbs/library/study/01_profiles.ipynb #b115effc
+# %% ../../nbs/library/study/01_profiles.ipynb #50e80446
 def _check_names(overrides):
     "Refuse unknown settings, naming the nearest one."
     known = list(PROFILES["smoke"].settings())
