@@ -12,10 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
-from fastcore.xtras import sparkline
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core import (
     HistoDiffusionError, card_html, derive_seed, get_device, hash_object, keep_freed_memory, load_settings,
@@ -32,8 +28,7 @@ class FitConfig:
     schedule: str = "cosine" # 'cosine' to zero or 'constant'
     ema_half_life: float = .05 # half-life of the weight average, share of all steps; 0: none
     precision: str = "no" # 'no' (fp32), 'bf16', 'fp16' or 'auto', see `choose_precision`
-    channels_last: bool = True # memory layout of the weights; what is faster depends on the network
-    gradient_clip: float = 1. # largest norm of the gradient
+    channels_last: bool = True # memory layout of the weights; which is faster depends on the network
     seed: int = 0 # of batches, noise and dropout
     checkpoint_seconds: float = 60. # time between checkpoints
     log_every: int = 10 # steps between rows of the history
@@ -42,13 +37,14 @@ class FitConfig:
 # %% ../../nbs/library/models/01_training.ipynb #9efd1c4e
 @dataclass
 class Fit:
-    "What a training run gives."
-    model: torch.nn.Module # trained, averaged if asked, in eval mode
-    history: list = field(default_factory=list) # rows of step, loss, learning_rate and whatever the loss reports
+    "The result of a training run."
+    model: torch.nn.Module # trained, with averaged weights if there is an average, in eval mode
+    history: list = field(default_factory=list) # rows of step, loss, learning_rate and what the loss reports
     seconds: float = 0. # wall time, earlier attempts included
-    precision: str = "no" # what 'auto' came to
+    precision: str = "no" # the one that 'auto' chose
 
     def _repr_html_(self):
+        from fastcore.xtras import sparkline
         weights = sum(p.numel() for p in self.model.parameters())
         facts = dict(weights=f"{weights:,}", seconds=round(self.seconds, 1), precision=self.precision)
         if losses := [h["loss"] for h in self.history]:
@@ -64,7 +60,6 @@ def learning_rate_factor(
     "Share of the peak learning rate at a step."
     if step < config.warmup: return (step + 1)/(config.warmup + 1)
     if config.schedule == "constant": return 1.
-    if config.schedule != "cosine": raise HistoDiffusionError(f"Unknown schedule '{config.schedule}': use cosine or constant.")
     return .5*(1 + math.cos(math.pi*(step - config.warmup)/max(1, config.steps - config.warmup)))
 
 # %% ../../nbs/library/models/01_training.ipynb #b251f356
@@ -89,13 +84,12 @@ seconds(False); seconds(True)
 print(json.dumps([min(seconds(on) for _ in range(3)) for on in (False, True)]))
 """
 
-# %% ../../nbs/library/models/01_training.ipynb #a69d7200
 @functools.cache
 def _probe(threads):
     "Seconds of a convolution in fp32 and in bf16 on this processor; None where bf16 cannot be run."
     path = load_settings().results_path/"artefacts"/"precision.json"
     about = dict(torch=torch.__version__, threads=threads, cpu=machine()["cpu"])
-    if path.exists() and (known := read_json(path)).get("about") == about: return known["seconds"]
+    if path.exists() and (stored := read_json(path)).get("about") == about: return stored["seconds"]
     done = subprocess.run([sys.executable, "-c", _PROBE.format(threads=threads)], capture_output=True, text=True)
     seconds = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
     with contextlib.suppress(OSError): write_json(path, dict(about=about, seconds=seconds))
@@ -107,8 +101,9 @@ PRECISIONS = ("no", "bf16", "fp16", "auto")
 def choose_precision(
     precision:str="auto", # one of PRECISIONS
 ) -> str: # 'no', 'bf16' or 'fp16'
-    "What `auto` means here: bf16 where it is at least a fifth faster than fp32."
-    if precision not in PRECISIONS: raise HistoDiffusionError(f"Unknown precision '{precision}': use one of {', '.join(PRECISIONS)}.")
+    "Resolve `auto`: bf16 where it is at least a fifth faster than fp32."
+    if precision not in PRECISIONS:
+        raise HistoDiffusionError(f"Unknown precision '{precision}': use one of {', '.join(PRECISIONS)}.")
     if precision != "auto": return precision
     device = get_device().type
     if device == "cuda": return "bf16" if torch.cuda.is_bf16_supported() else "no"
@@ -120,7 +115,8 @@ def choose_precision(
 def mixed_precision(
     precision:str="no", # one of PRECISIONS
 ):
-    "Run the block in a precision; on a CPU attention goes by plain products, whose bf16 is the faster."
+    "Run the block in a precision; on a CPU, attention uses plain matrix products, which are faster in bf16."
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     precision, device = choose_precision(precision), get_device().type
     with contextlib.ExitStack() as stack:
         if precision != "no":
@@ -131,7 +127,7 @@ def mixed_precision(
 # %% ../../nbs/library/models/01_training.ipynb #676acb63
 def normal_like(
     x:torch.Tensor, # of the wanted shape, on the wanted device
-    generator:torch.Generator, # where chance comes from, on the CPU
+    generator:torch.Generator, # random generator on the CPU
 ) -> torch.Tensor: # as x, N(0, 1), float32
     "Standard normal noise; a GPU draws it itself, from a seed that the generator gives."
     if x.device.type != "cuda": return torch.randn(x.shape, generator=generator).to(x.device)
@@ -150,52 +146,53 @@ def _checkpoint(model, ema, optimizer):
 def _restore(state, model, ema, optimizer):
     "The inverse of `_checkpoint`."
     model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
-    if ema:
-        for i, p in enumerate(ema.shadow_params): p.copy_(state[f"ema.{i}"])
+    for i, p in enumerate(ema.shadow_params if ema else ()): p.copy_(state[f"ema.{i}"])
     moments = {}
     for k, v in state.items():
         if k.startswith("optimizer."): moments.setdefault(int(k.split(".")[1]), {})[k.split(".")[2]] = v
     optimizer.load_state_dict(dict(state=moments, param_groups=optimizer.state_dict()["param_groups"]))
-    for p, s in getattr(optimizer, "optimizer", optimizer).state.items():  # fused AdamW walks through memory: the same layout
+    for p, s in getattr(optimizer, "optimizer", optimizer).state.items():  # fused AdamW needs the same memory layout
         s |= {k: torch.empty_like(p).copy_(v) for k, v in s.items() if v.shape == p.shape}
 
 # %% ../../nbs/library/models/01_training.ipynb #a504d97f
 class _Loop:
-    "The state of one run: model, optimiser, average, history."
+    "The state of one run: model, optimiser, average, history; continued from a checkpoint of the same settings."
     def __init__(self, model, config, folder):
+        from accelerate import Accelerator
+        from diffusers.training_utils import EMAModel
         keep_freed_memory()
         torch.backends.cudnn.benchmark = True  # shapes stay the same, step after step
-        tracker = load_settings().tracker
-        self.precision = choose_precision(config.precision)
-        scaled = "fp16" if self.precision == "fp16" else "no"  # bf16 needs no scaling of the loss
-        self.accelerator = Accelerator(mixed_precision=scaled, log_with=None if tracker == "none" else tracker,
-                                       project_dir=str(folder) if folder else None)
         self.config, self.folder = config, Path(folder) if folder else None
-        model = model.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
-        params = [p for p in model.parameters() if p.requires_grad]
-        fused = self.accelerator.device.type in ("cuda", "cpu")
-        optimizer = torch.optim.AdamW(params, lr=config.learning_rate, weight_decay=config.weight_decay,
-                                      betas=tuple(config.betas), fused=fused)
+        self.precision = choose_precision(config.precision)
+        tracker, scaled = load_settings().tracker, "fp16" if self.precision == "fp16" else "no"  # bf16 needs no scaling
+        self.accelerator = Accelerator(mixed_precision=scaled, log_with=None if tracker == "none" else tracker,
+                                       project_dir=folder and str(folder))
+        device = self.accelerator.device
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.params = [p for p in model.to(memory_format=layout).parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(self.params, lr=config.learning_rate, weight_decay=config.weight_decay,
+                                      betas=tuple(config.betas), fused=device.type in ("cuda", "cpu"))
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.ema = EMAModel(params, decay=ema_decay(config), foreach=True) if config.ema_half_life else None
-        if self.ema: self.ema.to(self.accelerator.device)
-        self.params, self.history, self.step, self.seconds, self.saved = params, [], 0, 0., time.monotonic()
-        self._resume()
+        self.ema = EMAModel(self.params, decay=ema_decay(config), foreach=True) if config.ema_half_life else None
+        if self.ema: self.ema.to(device)
+        self.history, self.step, self.seconds, self.saved = [], 0, 0., time.monotonic()
+        if self.folder and (self.folder/"checkpoint.json").exists():
+            meta = read_json(self.folder/"checkpoint.json")
+            if meta["config"] == hash_object(vars(config)): self.resume(meta)
 
-    def _resume(self):
-        "Go on from a checkpoint of the same configuration, if there is one."
-        if not self.folder or not (self.folder/"checkpoint.json").exists(): return
-        meta = read_json(self.folder/"checkpoint.json")
-        if meta["config"] != hash_object(vars(self.config)): return
-        state = load_tensors(self.folder/f"checkpoint-{meta['step']}.safetensors")
-        _restore(state, self.accelerator.unwrap_model(self.model), self.ema, self.optimizer)
-        if self.ema: self.ema.optimization_step = meta["step"]
+    @property
+    def network(self): return self.accelerator.unwrap_model(self.model)
+
+    def resume(self, meta):
         self.step, self.history, self.seconds = meta["step"], meta["history"], meta["seconds"]
+        state = load_tensors(self.folder/f"checkpoint-{self.step}.safetensors")
+        _restore(state, self.network, self.ema, self.optimizer)
+        if self.ema: self.ema.optimization_step = self.step
 
 # %% ../../nbs/library/models/01_training.ipynb #b2eaaf7d
 def _save(loop, seconds):
-    "Write a checkpoint: the tensors first, then the small file that names them, then drop the older one."
-    state = _checkpoint(loop.accelerator.unwrap_model(loop.model), loop.ema, loop.optimizer.optimizer)
+    "Write a checkpoint: the tensors first, then the small file that names them, then remove the older one."
+    state = _checkpoint(loop.network, loop.ema, loop.optimizer.optimizer)
     new = save_tensors(loop.folder/f"checkpoint-{loop.step}.safetensors", state)
     write_json(loop.folder/"checkpoint.json", dict(step=loop.step, history=loop.history, seconds=seconds,
                                                    config=hash_object(vars(loop.config))))
@@ -206,14 +203,13 @@ def _save(loop, seconds):
 # %% ../../nbs/library/models/01_training.ipynb #2c54f462
 def _step(loop, loss):
     "One optimiser step; returns the row of the history."
-    config = loop.config
-    seed = derive_seed(config.seed, loop.step)
+    config, seed = loop.config, derive_seed(loop.config.seed, loop.step)
     torch.manual_seed(seed)  # dropout, and whatever the model draws itself
     rate = config.learning_rate*learning_rate_factor(loop.step, config)
     for g in loop.optimizer.param_groups: g["lr"] = rate
     with mixed_precision(loop.precision): value, extra = loss(loop.model, torch.Generator().manual_seed(seed))
     loop.accelerator.backward(value)
-    loop.accelerator.clip_grad_norm_(loop.params, config.gradient_clip)
+    loop.accelerator.clip_grad_norm_(loop.params, 1.)
     loop.optimizer.step()
     loop.optimizer.zero_grad()
     if loop.ema: loop.ema.step(loop.params)
@@ -222,39 +218,37 @@ def _step(loop, loss):
 
 # %% ../../nbs/library/models/01_training.ipynb #78c1761f
 def fit(
-    model:torch.nn.Module, # what is trained; parameters without requires_grad stay as they are
+    model:torch.nn.Module, # the network to train; parameters without requires_grad stay as they are
     loss, # loss(model, generator) -> scalar tensor and dict of numbers to log; draws its own batch
     config:FitConfig,
     folder=None, # where checkpoints are kept, and resumed from; None: no checkpoints
     desc:str="training", # for the progress bar
 ) -> Fit:
-    "Train a model with AdamW, resumable, and give back its averaged weights."
+    "Train a model with AdamW, resumable, and return its averaged weights."
     loop = _Loop(model, config, folder)
     loop.model.train()
-    start, before = time.monotonic(), loop.seconds
+    start = time.monotonic() - loop.seconds
     bar = progress(total=config.steps, initial=loop.step, desc=desc, unit="step")
     while loop.step < config.steps:
         row = _step(loop, loss)
         if loop.step % config.log_every == 0 or loop.step == config.steps:
-            row = {k: float(v) for k, v in row.items()}
+            loop.history.append(row := {k: float(v) for k, v in row.items()})
             if not math.isfinite(row["loss"]):
-                raise HistoDiffusionError(f"{desc}: the loss is {row['loss']} at step {loop.step}: lower the learning rate.")
-            loop.history.append(row)
+                raise HistoDiffusionError(f"{desc}: the loss is {row['loss']} at step {loop.step}: lower the learning "
+                                          "rate.")
             bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
         bar.update()
-        if loop.folder and time.monotonic() - loop.saved > config.checkpoint_seconds:
-            _save(loop, before + time.monotonic() - start)
+        due = loop.step == config.steps or time.monotonic() - loop.saved > config.checkpoint_seconds
+        if loop.folder and due: _save(loop, time.monotonic() - start)
     bar.close()
-    if loop.folder and start != loop.saved: _save(loop, before + time.monotonic() - start)
     if loop.ema: loop.ema.copy_to(loop.params)
-    trained = loop.accelerator.unwrap_model(loop.model).eval().requires_grad_(True)
-    return Fit(trained, loop.history, before + time.monotonic() - start, loop.precision)
+    return Fit(loop.network.eval().requires_grad_(True), loop.history, time.monotonic() - start, loop.precision)
 
 # %% ../../nbs/library/models/01_training.ipynb #d7704f03
 def draw_balanced(
     members:list, # K tensors, the indices of each class
     n:int, # how many to draw
-    generator:torch.Generator, # where chance comes from, on the CPU
+    generator:torch.Generator, # random generator on the CPU
 ) -> torch.Tensor: # (n,) indices
     "Draw with replacement, classes in equal shares."
     k, u = torch.randint(len(members), (n,), generator=generator), torch.rand(n, generator=generator)
