@@ -154,6 +154,16 @@ def _restore(state, model, ema, optimizer):
     for p, s in getattr(optimizer, "optimizer", optimizer).state.items():  # fused AdamW needs the same memory layout
         s |= {k: torch.empty_like(p).copy_(v) for k, v in s.items() if v.shape == p.shape}
 
+# %% ../../nbs/library/models/01_training.ipynb #b38b3382
+def _resume(loop):
+    "Continue from a checkpoint of the same settings, if there is one."
+    if not loop.folder or not (loop.folder/"checkpoint.json").exists(): return
+    meta = read_json(loop.folder/"checkpoint.json")
+    if meta["config"] != hash_object(vars(loop.config)): return
+    loop.step, loop.history, loop.seconds = meta["step"], meta["history"], meta["seconds"]
+    _restore(load_tensors(loop.folder/f"checkpoint-{loop.step}.safetensors"), loop.network, loop.ema, loop.optimizer)
+    if loop.ema: loop.ema.optimization_step = loop.step
+
 # %% ../../nbs/library/models/01_training.ipynb #a504d97f
 class _Loop:
     "The state of one run: model, optimiser, average, history; continued from a checkpoint of the same settings."
@@ -176,18 +186,10 @@ class _Loop:
         self.ema = EMAModel(self.params, decay=ema_decay(config), foreach=True) if config.ema_half_life else None
         if self.ema: self.ema.to(device)
         self.history, self.step, self.seconds, self.saved = [], 0, 0., time.monotonic()
-        if self.folder and (self.folder/"checkpoint.json").exists():
-            meta = read_json(self.folder/"checkpoint.json")
-            if meta["config"] == hash_object(vars(config)): self.resume(meta)
+        _resume(self)
 
     @property
     def network(self): return self.accelerator.unwrap_model(self.model)
-
-    def resume(self, meta):
-        self.step, self.history, self.seconds = meta["step"], meta["history"], meta["seconds"]
-        state = load_tensors(self.folder/f"checkpoint-{self.step}.safetensors")
-        _restore(state, self.network, self.ema, self.optimizer)
-        if self.ema: self.ema.optimization_step = self.step
 
 # %% ../../nbs/library/models/01_training.ipynb #b2eaaf7d
 def _save(loop, seconds):
