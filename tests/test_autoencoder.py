@@ -1,10 +1,12 @@
-"""The first stage: its measures say what was lost, its latents are what the cache holds, and its critic comes late."""
+"""The first stage: its measures find what was lost, its latents are those in the cache, and its critic joins late."""
 import numpy as np
 import pytest
 import torch
 
 from histodiffusion.study import steps as stages
-from histodiffusion.models.autoencoder import AdversarialLoss, AutoencoderLoss, build_autoencoder, encode_patches, fold_deviation, marginal_divergence, psnr, reconstruct, reconstruction_quality, ssim, stain_drift, train_autoencoder
+from histodiffusion.models.autoencoder import (
+    AdversarialLoss, AutoencoderLoss, build_autoencoder, encode_patches, fold_deviation, marginal_divergence, psnr, reconstruct,
+    reconstruction_quality, ssim, stain_drift, train_autoencoder)
 from histodiffusion.core import HistoDiffusionError, load_tensors
 from histodiffusion.data.patches import to_grey
 from histodiffusion.data.packed import images_to_tensor
@@ -37,9 +39,9 @@ def train(images, steps=10, folder=None, **settings):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_perfect_reconstruction_loses_nothing(tissue, network, channels):
+def test_a_perfect_reconstruction_loses_nothing(tissue, channels):
     images = tissue if channels == 3 else to_grey(tissue)
-    quality = reconstruction_quality(network, images, images)
+    quality = reconstruction_quality(images, images)
     assert {quality[k] for k in ("psnr", "psnr_p05", "psnr_p50", "psnr_p95")} == {np.inf}
     assert quality["ssim"] == pytest.approx(1, abs=1e-9)
     drift = stain_drift(images, images)
@@ -58,7 +60,7 @@ def test_half_the_light_absorbed_again_adds_stain_and_no_spread(tissue):
     assert drift["haematoxylin"] + drift["eosin"] > 0 and drift["haematoxylin_spread"] == pytest.approx(0, abs=1e-9)
 
 
-def test_a_grey_shift_is_found_and_patches_that_stray_both_ways_show_as_spread(tissue):
+def test_a_grey_shift_is_found_and_shifts_in_both_directions_show_as_spread(tissue):
     grey = to_grey(tissue).astype(int)
     sides = np.where(np.arange(len(grey)) % 2, 6, -6).reshape(-1, 1, 1, 1)
     assert stain_drift(grey.astype(np.uint8), (grey + 4).astype(np.uint8)) == pytest.approx(dict(grey=4, grey_spread=0))
@@ -66,7 +68,7 @@ def test_a_grey_shift_is_found_and_patches_that_stray_both_ways_show_as_spread(t
 
 
 def test_ssim_does_not_mistake_dark_tissue_for_another(tissue):
-    "Values below zero would turn the sign of SSIM's first term; a dimmer picture is still the same picture."
+    "Values below zero would change the sign of SSIM's first term; a dimmer image is still the same image."
     dark = tissue//3
     assert ssim(dark, (dark*.9).astype(np.uint8)) > .95
     assert ssim(tissue, 255 - tissue) < .3
@@ -80,12 +82,12 @@ def test_psnr_of_each_patch_and_of_all_agree(tissue):
 
 
 def test_quantiles_are_those_of_single_patches(tissue, network):
-    quality = reconstruction_quality(network, tissue)
-    each = psnr(tissue, reconstruct(network, tissue), each=True)
+    quality = reconstruction_quality(tissue, back := reconstruct(network, tissue))
+    each = psnr(tissue, back, each=True)
     assert [quality[f"psnr_p{q}"] for q in ("05", "50", "95")] == pytest.approx(np.sort(each)[[1, 8, 16]].tolist())
 
 
-def test_a_folded_deviation_keeps_the_pictures(tissue, network):
+def test_a_folded_deviation_keeps_the_images(tissue, network):
     before = reconstruct(network, tissue)
     z = encode_patches(network, tissue).float()
     fold_deviation(network.cpu(), z.std((0, 2, 3)))
@@ -125,11 +127,11 @@ def test_without_weight_there_is_no_critic(tissue):
 @pytest.mark.parametrize(("which", "calls"), [(AutoencoderLoss, 4), (AdversarialLoss, 1), (AdversarialLoss, 3)])
 def test_a_run_stopped_in_either_part_ends_as_if_it_had_not_been(tissue, tmp_path, monkeypatch, which, calls):
     whole = train(tissue, critic_weight=.1, folder=tmp_path/"whole")
-    seen, original = [], which.__call__
+    count, original = [], which.__call__
 
     def stopping(self, model, generator):
-        seen.append(1)
-        if len(seen) == calls:
+        count.append(1)
+        if len(count) == calls:
             raise KeyboardInterrupt
         return original(self, model, generator)
 
@@ -149,7 +151,7 @@ def test_latents_do_not_depend_on_the_batch_and_are_those_of_encode(tissue, netw
         assert torch.allclose(encode_patches(network, tissue, size).float(), z, atol=2e-3)
 
 
-def test_the_cache_holds_the_latents_of_the_pool(tmp_path, monkeypatch):
+def test_the_cache_contains_the_latents_of_the_pool(tmp_path, monkeypatch):
     monkeypatch.setenv("HISTODIFFUSION_RESULTS_PATH", str(tmp_path/"results"))
     tiny = dict(image_size=32, pretrain_patches=60, autoencoder_channels=[8, 16], autoencoder_steps=3, perceptual_weight=0.,
                 unet_channels=[16, 32], diffusion_steps=2, diffusion_batch=4)

@@ -1,4 +1,4 @@
-"""Downloading, unpacking and fetching known sets, against a server on this machine that misbehaves on demand."""
+"""Downloading, unpacking and fetching data sets, against a server on this machine that misbehaves on request."""
 
 import gzip
 import hashlib
@@ -22,17 +22,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from histodiffusion.data import download
-from histodiffusion.data import catalogue as registry
+from histodiffusion.data import archives, download, fetch
 from histodiffusion.app.cli import main
 from histodiffusion.core import HistoDiffusionError, load_settings
-from histodiffusion.data.patches import dataset_fingerprint, load_patches, read_image
+from histodiffusion.data.patches import dataset_fingerprint, dataset_folder
+from histodiffusion.data.catalogue import group_of
+from histodiffusion.data.patches import load_patches, read_image, read_patchcamelyon
 from histodiffusion.data.archives import UnfinishedError, unpack_archive
-from histodiffusion.data.download import check_file, download_file, read_ledger
+from histodiffusion.data.download import download_file, read_ledger
 from histodiffusion.data.packed import read_h5
 from histodiffusion.data.phantom import PHANTOM_CLASSES, phantom_patches
 from histodiffusion.data.catalogue import REGISTRY, RemoteFile
-from histodiffusion.data.patches import dataset_folder, read_patchcamelyon
 from histodiffusion.data.fetch import describe_dataset, fetch_dataset, list_datasets, verify_dataset
 
 MIRROR = load_settings().data_mirror
@@ -44,18 +44,18 @@ def sha(data: bytes) -> str:
 
 
 def names(folder) -> list[str]:
-    "What lies in a folder, hidden files included."
+    "What is in a folder, hidden files included."
     return sorted(p.name for p in Path(folder).iterdir()) if Path(folder).is_dir() else []
 
 
 class Site(http.server.ThreadingHTTPServer):
-    "Files by path. `manners` says how to misbehave at the next requests; `log` holds each request's path and headers."
+    "Files by path. `faults` lists how the next answers go wrong; `log` lists each request's path and headers."
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.manners, self.log, self.etag = {}, [], [], True
+        self.files, self.faults, self.log, self.etag = {}, [], [], True
 
     def url(self, name):
         return f"http://127.0.0.1:{self.server_port}/{name}"
@@ -71,15 +71,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         site = self.server
-        manner = site.manners.pop(0) if site.manners else {}
+        fault = site.faults.pop(0) if site.faults else {}
         asked = self.headers.get("Range")
         site.log.append((self.path, asked, self.headers.get("If-Range")))
-        time.sleep(manner.get("sleep", 0))
-        data = manner.get("body", site.files.get(self.path))
-        if data is None or "status" in manner:
-            return self.send_error(manner.get("status", 404))
+        time.sleep(fault.get("sleep", 0))
+        data = fault.get("body", site.files.get(self.path))
+        if data is None or "status" in fault:
+            return self.send_error(fault.get("status", 404))
         etag = f'"{hashlib.md5(data).hexdigest()}"'
-        start = int(asked[6:-1]) if asked and not manner.get("no_range") else 0
+        start = int(asked[6:-1]) if asked and not fault.get("no_range") else 0
         if self.headers.get("If-Range", etag) != etag:
             start = 0
         if start and start >= len(data):
@@ -91,10 +91,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         if site.etag:
             self.send_header("ETag", etag)
-        if not manner.get("no_length"):
-            self.send_header("Content-Length", str(len(data) - start + manner.get("lie", 0)))
+        if not fault.get("no_length"):
+            self.send_header("Content-Length", str(len(data) - start + fault.get("lie", 0)))
         self.end_headers()
-        self.wfile.write(data[start:][: manner.get("drop")])
+        self.wfile.write(data[start:][: fault.get("drop")])
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def in_time():
 
 
 def said(call) -> str:
-    "The sentence that a call ends in."
+    "The error message that a call ends with."
     with pytest.raises(HistoDiffusionError) as e:
         call()
     assert "\n" not in str(e.value) and str(e.value).endswith(".")
@@ -144,17 +144,9 @@ def said(call) -> str:
 # ---- downloads ----
 
 
-def test_plain_download_leaves_the_file_alone(site, tmp_path):
+def test_dropped_connection_resumes(site, tmp_path):
     file = site.put("a.zip", BODY)
-    got = download_file(file.url, tmp_path / "d" / "a.zip", file.checksum, file.size)
-    assert got.read_bytes() == BODY and names(tmp_path / "d") == ["a.zip"]
-    download_file(file.url, got, file.checksum, file.size)
-    assert len(site.log) == 1
-
-
-def test_dropped_connection_goes_on_where_it_stopped(site, tmp_path):
-    file = site.put("a.zip", BODY)
-    site.manners = [{"drop": 200_000}, {"drop": 150_000}]
+    site.faults = [{"drop": 200_000}, {"drop": 150_000}]
     got = download_file(file.url, tmp_path / "d" / "a.zip", file.checksum)
     assert got.read_bytes() == BODY and names(tmp_path / "d") == ["a.zip"]
     etag = f'"{hashlib.md5(BODY).hexdigest()}"'
@@ -163,11 +155,11 @@ def test_dropped_connection_goes_on_where_it_stopped(site, tmp_path):
     assert [version for _, _, version in site.log] == [None, etag, etag]
 
 
-def test_a_later_call_goes_on_with_what_an_earlier_one_left(site, tmp_path):
+def test_a_later_call_resumes_an_earlier_one(site, tmp_path):
     file = site.put("a.zip", BODY)
-    site.manners = [{"drop": 300_000}, *[{"drop": 0}] * 4]
-    sentence = said(lambda: download_file(file.url, tmp_path / "a.zip", file.checksum))
-    assert "goes on from there" in sentence and names(tmp_path) == [".a.zip.part", ".a.zip.part.json"]
+    site.faults = [{"drop": 300_000}, *[{"drop": 0}] * 4]
+    message = said(lambda: download_file(file.url, tmp_path / "a.zip", file.checksum))
+    assert "continue from there" in message and names(tmp_path) == [".a.zip.part", ".a.zip.part.json"]
     site.log.clear()
     assert download_file(file.url, tmp_path / "a.zip", file.checksum).read_bytes() == BODY
     assert len(site.log) == 1 and int(site.log[0][1][6:-1]) > 200_000 and names(tmp_path) == ["a.zip"]
@@ -185,7 +177,10 @@ def test_an_interrupted_download_can_be_resumed(site, tmp_path, monkeypatch, sto
             if self.n > 300_000:
                 raise stop
 
-        def close(self):
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
             pass
 
     with monkeypatch.context() as m:
@@ -197,44 +192,44 @@ def test_an_interrupted_download_can_be_resumed(site, tmp_path, monkeypatch, sto
     assert site.log[-1][1] is not None and names(tmp_path) == ["a.zip"]
 
 
-def test_two_versions_are_never_glued_together(site, tmp_path):
+def test_parts_of_two_versions_are_never_joined(site, tmp_path):
     site.put("a.zip", BODY)
-    site.manners = [{"drop": 200_000}, *[{"drop": 0}] * 4]
+    site.faults = [{"drop": 200_000}, *[{"drop": 0}] * 4]
     said(lambda: download_file(site.url("a.zip"), tmp_path / "a.zip"))
     new = BODY[::-1]
     site.put("a.zip", new)
     assert download_file(site.url("a.zip"), tmp_path / "a.zip").read_bytes() == new
-    assert site.log[-1][1] is not None  # it asked for the rest, and took the whole
+    assert site.log[-1][1] is not None  # the rest was requested, the new file was sent
 
 
 def test_without_a_version_or_checksum_nothing_is_continued(site, tmp_path):
     site.put("a.zip", BODY)
-    site.etag, site.manners = False, [{"drop": 200_000}]
+    site.etag, site.faults = False, [{"drop": 200_000}]
     assert download_file(site.url("a.zip"), tmp_path / "a.zip").read_bytes() == BODY
     assert [asked for _, asked, _ in site.log] == [None, None]
-    site.manners = [{"drop": 200_000}] * 5
+    site.faults = [{"drop": 200_000}] * 5
     said(lambda: download_file(site.url("a.zip"), tmp_path / "b.zip"))
     assert names(tmp_path) == ["a.zip", "checksums.json"]
 
 
-def test_a_server_that_ignores_ranges_is_asked_for_all(site, tmp_path):
+def test_a_server_that_ignores_ranges_sends_the_whole_file(site, tmp_path):
     file = site.put("a.zip", BODY)
-    site.manners = [{"drop": 200_000}, {"no_range": True}]
+    site.faults = [{"drop": 200_000}, {"no_range": True}]
     assert download_file(file.url, tmp_path / "a.zip", file.checksum).read_bytes() == BODY
     assert names(tmp_path) == ["a.zip"]
-    site.manners = [{"drop": 200_000, "no_range": True}] * 9
+    site.faults = [{"drop": 200_000, "no_range": True}] * 9
     said(lambda: download_file(file.url, tmp_path / "b.zip", file.checksum))
-    assert names(tmp_path) == ["a.zip"]  # what cannot be resumed is not kept
+    assert names(tmp_path) == ["a.zip"]  # a part that cannot be resumed is not kept
 
 
 def test_416_ends_a_download_that_is_whole(site, tmp_path):
     file = site.put("a.zip", BODY)
-    site.manners = [{"lie": 50}]
+    site.faults = [{"lie": 50}]
     assert download_file(file.url, tmp_path / "a.zip", file.checksum).read_bytes() == BODY
     assert site.log[-1][1] == f"bytes={len(BODY)}-" and names(tmp_path) == ["a.zip"]
 
 
-def test_416_with_a_part_that_is_too_long_starts_afresh(site, tmp_path):
+def test_416_with_a_part_that_is_too_long_starts_again(site, tmp_path):
     file = site.put("a.zip", BODY[:100_000])
     (tmp_path / ".a.zip.part").write_bytes(BODY[:200_000])
     (tmp_path / ".a.zip.part.json").write_text(json.dumps({"url": file.url, "version": None}))
@@ -242,41 +237,42 @@ def test_416_with_a_part_that_is_too_long_starts_afresh(site, tmp_path):
     assert names(tmp_path) == ["a.zip"]
 
 
-@pytest.mark.parametrize("manner, checksum, size, sentence", [
-    ({"body": BODY[::-1]}, sha(BODY), None, "has not the published checksum"),
-    ({"body": BODY[::-1]}, "md5:" + hashlib.md5(BODY).hexdigest(), None, "has not the published checksum"),
+@pytest.mark.parametrize("fault, checksum, size, message", [
+    ({"body": BODY[::-1]}, sha(BODY), None, "does not match the expected"),
+    ({"body": BODY[::-1]}, "md5:" + hashlib.md5(BODY).hexdigest(), None, "does not match the expected"),
     ({"body": BODY[:999]}, sha(BODY), len(BODY), "offers 999 bytes instead of the published 600000"),
-    ({"body": BODY[:999], "no_length": True}, None, len(BODY), "999 bytes came instead of the published 600000"),
-    ({"body": BODY + b"more", "no_length": True}, None, len(BODY), "instead of the published 600000"),
-    ({"body": BODY[:999], "no_length": True}, sha(BODY), None, "has not the published checksum"),
+    ({"body": BODY[:999], "no_length": True}, None, len(BODY), "does not match the expected"),
+    ({"body": BODY + b"more", "no_length": True}, None, len(BODY), "does not match the expected"),
+    ({"body": BODY[:999], "no_length": True}, sha(BODY), None, "does not match the expected"),
     ({"status": 404}, sha(BODY), None, "HTTP 404"),
     ({"status": 403}, None, None, "HTTP 403"),
-    ({"sleep": 0.6}, None, None, "took too long to answer"),
+    ({"sleep": 0.6}, None, None, "(ReadTimeout)"),
 ])  # fmt: skip
-def test_a_wrong_answer_is_one_sentence_and_leaves_nothing(site, tmp_path, manner, checksum, size, sentence):
+def test_a_wrong_answer_is_one_error_and_leaves_nothing(site, tmp_path, monkeypatch, fault, checksum, size, message):
     site.put("a.zip", BODY)
-    site.manners = [manner]
-    text = said(lambda: download_file(site.url("a.zip"), tmp_path / "d" / "a.zip", checksum, size, timeout=0.2))
-    assert sentence in text and site.url("a.zip") in text
+    site.faults = [fault]
+    monkeypatch.setattr(download._Download, "timeout", 0.2)
+    text = said(lambda: download_file(site.url("a.zip"), tmp_path / "d" / "a.zip", checksum, size))
+    assert message in text and site.url("a.zip") in text
     assert names(tmp_path / "d") == []
 
 
 def test_a_busy_server_is_asked_again(site, tmp_path):
     file = site.put("a.zip", BODY)
-    site.manners = [{"status": 503}, {"status": 429}]
+    site.faults = [{"status": 503}, {"status": 429}]
     assert download_file(file.url, tmp_path / "a.zip", file.checksum).read_bytes() == BODY
-    site.manners = [{"status": 503}] * 5
+    site.faults = [{"status": 503}] * 5
     assert "HTTP 503" in said(lambda: download_file(file.url, tmp_path / "b.zip", file.checksum))
     assert names(tmp_path) == ["a.zip"]
 
 
-@pytest.mark.parametrize("url, sentence", [
-    *((url, "must begin with http") for url in ("file:///etc/passwd", "ftp://example.org/a", "a.zip", "http://[", "")),
-    ("http://127.0.0.1:9/a", "cannot be reached"), ("http://no-such-host.invalid/a", "cannot be reached"),
+@pytest.mark.parametrize("url, message", [
+    *((url, "http:// or https://") for url in ("file:///etc/passwd", "ftp://example.org/a", "a.zip", "http://[", "")),
+    ("http://127.0.0.1:9/a", "(ConnectionError)"), ("http://no-such-host.invalid/a", "(ConnectionError)"),
 ])  # fmt: skip
-def test_an_address_without_a_server_is_one_sentence(tmp_path, url, sentence):
+def test_an_address_without_a_server_is_one_error(tmp_path, url, message):
     text = said(lambda: download_file(url, tmp_path / "d" / "a.zip"))
-    assert sentence in text and url in text and names(tmp_path / "d") == []
+    assert message in text and url in text and names(tmp_path / "d") == []
 
 
 def test_a_full_disk_is_noticed_before_the_first_byte(site, tmp_path, monkeypatch):
@@ -287,20 +283,20 @@ def test_a_full_disk_is_noticed_before_the_first_byte(site, tmp_path, monkeypatc
     assert (tmp_path / ".a.zip.part").stat().st_size == 0
 
 
-def test_without_a_published_checksum_the_first_download_is_remembered(site, tmp_path):
+def test_without_a_published_checksum_the_first_download_is_recorded(site, tmp_path):
     site.put("a.zip", BODY)
     download_file(site.url("a.zip"), tmp_path / "a.zip")
     entry = read_ledger(tmp_path)["a.zip"]
     assert entry["sha256"] == sha(BODY)[7:] and entry["size"] == len(BODY) and entry["url"] == site.url("a.zip")
     site.put("a.zip", BODY[::-1])
     (tmp_path / "a.zip").unlink()
-    assert "has not the recorded checksum" in said(lambda: download_file(site.url("a.zip"), tmp_path / "a.zip"))
+    assert "does not match the expected" in said(lambda: download_file(site.url("a.zip"), tmp_path / "a.zip"))
     assert names(tmp_path) == ["checksums.json"]
     (tmp_path / "a.zip").write_bytes(b"changed here")
     assert "delete it and fetch it again" in said(lambda: download_file(site.url("a.zip"), tmp_path / "a.zip"))
 
 
-def test_a_published_file_that_was_damaged_is_fetched_anew(site, tmp_path):
+def test_a_published_file_that_was_damaged_is_fetched_again(site, tmp_path):
     file = site.put("a.zip", BODY)
     (tmp_path / "a.zip").write_bytes(BODY[:5])
     assert download_file(file.url, tmp_path / "a.zip", file.checksum, file.size).read_bytes() == BODY
@@ -355,34 +351,34 @@ GOOD = {
     "a.tar.xz": tar_of(FILES, "w:xz"),
 }  # fmt: skip
 TAR = GOOD["a.tar"]
-BAD = {  # what: file name, content, part of the sentence
-    "zip-slip": ("a.zip", zip_of([("ok", b"1"), ("../../out.txt", b"1")]), "leaves the folder"),
-    "hidden slip": ("a.zip", zip_of([("a/../../out.txt", b"1")]), "leaves the folder"),
-    "absolute": ("a.zip", zip_of([("/tmp/out.txt", b"1")]), "absolute path"),
-    "drive": ("a.zip", zip_of([("C:/out.txt", b"1")]), "drive letter"),
-    "backslash": ("a.zip", zip_of([("..\\out.txt", b"1")]), "odd name"),
-    "NUL": ("a.zip", patched(zip_of([("abcd.txt", b"1")]), b"abcd.txt", b"ab\0d.txt"), "odd name"),
+BAD = {  # what: file name, content, part of the message
+    "zip-slip": ("a.zip", zip_of([("ok", b"1"), ("../../out.txt", b"1")]), "unsafe path"),
+    "hidden slip": ("a.zip", zip_of([("a/../../out.txt", b"1")]), "unsafe path"),
+    "absolute": ("a.zip", zip_of([("/tmp/out.txt", b"1")]), "unsafe path"),
+    "drive": ("a.zip", zip_of([("C:/out.txt", b"1")]), "unsafe path"),
+    "backslash": ("a.zip", zip_of([("..\\out.txt", b"1")]), "unsafe path"),
+    "NUL": ("a.zip", patched(zip_of([("abcd.txt", b"1")]), b"abcd.txt", b"ab\0d.txt"), "unsafe path"),
     "zip link": ("a.zip", zip_link(), "link or device"),
-    "encrypted": ("a.zip", patched(zip_of([("a", b"1")]), b"PK\1\2\x14\3\x14\0\0", b"PK\1\2\x14\3\x14\0\1"), "is encrypted"),
+    "encrypted": ("a.zip", patched(zip_of([("a", b"1")]), b"\2\x14\3\x14\0\0", b"\2\x14\3\x14\0\1"), "is encrypted"),
     "twice": ("a.zip", patched(zip_of([("a.txt", b"1"), ("b.txt", b"2")]), b"b.txt", b"a.txt"), "twice"),
     "twice by case": ("a.zip", zip_of([("a.txt", b"1"), ("A.TXT", b"2")]), "twice"),
     "file as folder": ("a.zip", zip_of([("a", b"1"), ("a/b", b"2")]), "twice"),
     "folder as file": ("a.zip", zip_of([("a/b", b"1"), ("a", b"2")]), "twice"),
-    "ratio": ("a.zip", zip_of([("zeros", bytes(9 << 20))]), "may be a bomb"),
-    "many zeros": ("a.zip", zip_of([(f"{i}", bytes(1 << 19)) for i in range(20)]), "may be a bomb"),
-    "gz ratio": ("a.h5.gz", gzip.compress(bytes(9 << 20)), "may be a bomb"),
-    "tar ratio": ("a.tar.gz", tar_of([("zeros", bytes(9 << 20))], "w:gz"), "may be a bomb"),
-    "too many": ("a.zip", zip_of([(f"{i}", b"") for i in range(101)]), "more than 100 members"),
-    "too many in tar": ("a.tar", tar_of([(f"{i}", b"") for i in range(101)]), "more than 100 members"),
+    "ratio": ("a.zip", zip_of([("zeros", bytes(9 << 20))]), "may be an archive bomb"),
+    "many zeros": ("a.zip", zip_of([(f"{i}", bytes(1 << 19)) for i in range(20)]), "may be an archive bomb"),
+    "gz ratio": ("a.h5.gz", gzip.compress(bytes(9 << 20)), "may be an archive bomb"),
+    "tar ratio": ("a.tar.gz", tar_of([("zeros", bytes(9 << 20))], "w:gz"), "may be an archive bomb"),
+    "too many": ("a.zip", zip_of([(f"{i}", b"") for i in range(101)]), "more than 100 files"),
+    "too many in tar": ("a.tar", tar_of([(f"{i}", b"") for i in range(101)]), "more than 100 files"),
     "lies, too small": ("a.zip", patched(zip_of([("a", b"1" * 1234)]), le(1234), le(99)), "corrupt"),
     "lies, too large": ("a.zip", patched(zip_of([("a", b"1" * 1234)]), le(1234), le(9999)), "corrupt"),
     "cut zip": ("a.zip", GOOD["a.zip"][:-300], "truncated or corrupt"),
-    "spoilt zip": ("a.zip", GOOD["stored.zip"].replace(BODY[1100:1200], BODY[1200:1300]), "truncated or corrupt"),
+    "damaged zip": ("a.zip", GOOD["stored.zip"].replace(BODY[1100:1200], BODY[1200:1300]), "truncated or corrupt"),
     "tar symlink": ("a.tar", tar_of([("ok", b"1"), special("l", tarfile.SYMTYPE, "/etc")]), "link or device"),
     "tar hard link": ("a.tar.gz", tar_of([special("l", tarfile.LNKTYPE, "/etc/passwd")], "w:gz"), "link or device"),
     "tar pipe": ("a.tar", tar_of([special("p", tarfile.FIFOTYPE)]), "link or device"),
     "tar device": ("a.tar", tar_of([special("p", tarfile.CHRTYPE)]), "link or device"),
-    "tar slip": ("a.tar", tar_of([("../out.txt", b"1")]), "leaves the folder"),
+    "tar slip": ("a.tar", tar_of([("../out.txt", b"1")]), "unsafe path"),
     "tar twice": ("a.tar", tar_of([("a", b"1"), ("./a", b"2")]), "twice"),
     "tar cut between members": ("a.tar", TAR[: 3 * 1536], "truncated or corrupt"),
     "tar cut in a member": ("a.tar", TAR[: 3 * 1536 + 700], "truncated or corrupt"),
@@ -390,10 +386,10 @@ BAD = {  # what: file name, content, part of the sentence
     "cut tar.gz": ("a.tar.gz", GOOD["a.tar.gz"][:-5], "truncated or corrupt"),
     "cut tar.xz": ("a.tar.xz", GOOD["a.tar.xz"][:-20], "truncated or corrupt"),
     "cut gz": ("a.h5.gz", gzip.compress(BODY)[:-100], "truncated or corrupt"),
-    "page": ("a.tar.gz", b"<!DOCTYPE html><html>log in</html>", "truncated or corrupt"),
+    "page": ("a.tar.gz", b"<!DOCTYPE html><html>log in</html>", "no zip, tar or gz"),
     "page as zip": ("a.zip", b"<!DOCTYPE html><html>log in</html>", "no zip, tar or gz"),
     "empty file": ("a.zip", b"", "no zip, tar or gz"),
-    "empty zip": ("a.zip", zip_of([]), "holds no file"),
+    "empty zip": ("a.zip", zip_of([]), "contains no file"),
 }  # fmt: skip
 
 
@@ -415,12 +411,12 @@ def test_gz_of_one_file(tmp_path):
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_a_bad_archive_is_one_sentence_and_leaves_nothing(tmp_path, what):
-    name, data, sentence = BAD[what]
+def test_a_bad_archive_is_one_error_and_leaves_nothing(tmp_path, what):
+    name, data, message = BAD[what]
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_bytes(data)
     text = said(lambda: unpack_archive(tmp_path / "in" / name, tmp_path / "in" / "set", max_files=100))
-    assert sentence in text and name in text
+    assert message in text and name in text
     assert names(tmp_path / "in") == [name] and names(tmp_path) == ["in"]
 
 
@@ -432,23 +428,23 @@ def test_bytes_are_bounded_while_they_are_written(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tar.gz"])
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_interrupted_unpacking_goes_on(tmp_path, monkeypatch, name, stop):
+def test_interrupted_unpacking_resumes(tmp_path, monkeypatch, name, stop):
     (tmp_path / name).write_bytes(GOOD[name])
-    write, written = download._write_member, []
+    write, written = archives._write_file, []
 
     def stopping(member, *args):
         if len(written) == 3:
             raise stop
-        written.append(member.name)
+        written.append(member[0])
         return write(member, *args)
 
     with monkeypatch.context() as m:
-        m.setattr(download, "_write_member", stopping)
+        m.setattr(archives, "_write_file", stopping)
         with pytest.raises(KeyboardInterrupt if stop is KeyboardInterrupt else UnfinishedError):
             unpack_archive(tmp_path / name, tmp_path / "set")
         assert not (tmp_path / "set").exists() and len(names(tmp_path)) == 2
         first, written[:] = list(written), []
-        m.setattr(download, "_write_member", lambda *a: written.append(a[0].name) or write(*a))
+        m.setattr(archives, "_write_file", lambda *a: written.append(a[0][0]) or write(*a))
         assert content(unpack_archive(tmp_path / name, tmp_path / "set")) == dict(FILES)
     assert len(first) == 3 and sorted(first + written) == sorted(n for n, _ in FILES)
     assert names(tmp_path) == sorted([name, "set"])
@@ -457,13 +453,13 @@ def test_interrupted_unpacking_goes_on(tmp_path, monkeypatch, name, stop):
 def test_a_half_file_of_an_earlier_attempt_is_written_again(tmp_path, monkeypatch):
     (tmp_path / "a.zip").write_bytes(GOOD["a.zip"])
     with monkeypatch.context() as m:
-        m.setattr(download.os, "replace", lambda a, b: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(archives.os, "replace", lambda a, b: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             unpack_archive(tmp_path / "a.zip", tmp_path / "set")
     (stage,) = (p for p in tmp_path.iterdir() if p.is_dir())
-    spoilt = stage / "files" / FILES[0][0]
-    spoilt.parent.mkdir(parents=True, exist_ok=True)
-    spoilt.write_bytes(bytes(900))  # right size, wrong CRC
+    damaged = stage / "files" / FILES[0][0]
+    damaged.parent.mkdir(parents=True, exist_ok=True)
+    damaged.write_bytes(bytes(900))  # right size, wrong CRC
     assert content(unpack_archive(tmp_path / "a.zip", tmp_path / "set")) == dict(FILES)
 
 
@@ -483,13 +479,11 @@ def h5_of(**arrays) -> bytes:
     out = io.BytesIO()
     with h5py.File(out, "w") as f:
         for name, a in arrays.items():
-            f.create_dataset(name, data=a, chunks=True, compression="gzip") if a.ndim > 1 else f.create_dataset(
-                name, data=a
-            )
+            f.create_dataset(name, data=a, **(dict(chunks=True, compression="gzip") if a.ndim > 1 else {}))
     return out.getvalue()
 
 
-def test_pointers_out_of_a_file_are_refused(tmp_path):
+def test_links_out_of_a_file_are_refused(tmp_path):
     (tmp_path / "secret.bin").write_bytes(b"secret!!")
     with h5py.File(tmp_path / "a.h5", "w") as f:
         f["x"] = np.zeros((2, 3), np.uint8)
@@ -509,14 +503,14 @@ def test_pointers_out_of_a_file_are_refused(tmp_path):
         assert x.shape == ()
 
 
-def test_truncated_and_foreign_files_are_one_sentence(tmp_path):
+def test_truncated_and_foreign_files_are_one_error(tmp_path):
     data = h5_of(x=np.zeros((8, 96, 96, 3), np.uint8))
     for bad in (data[: len(data) // 2], data[:100], b"", BODY[:5000]):
         (tmp_path / "a.h5").write_bytes(bad)
         assert "truncated or foreign" in said(lambda: read_h5(tmp_path / "a.h5", "x"))
 
 
-# ---- known sets ----
+# ---- sets of the catalogue ----
 
 
 def tiff(image) -> bytes:
@@ -531,14 +525,11 @@ def nct_members(folder):
         files = sorted((MIRROR / "nct-crc-he").rglob("*.tif"))
         return [(f"{folder}/{p.parent.name}/{p.name}", p.read_bytes()) for p in files]
     images = phantom_patches(np.arange(9).repeat(2), seed=0, size=64)
-    return [
-        (f"{folder}/{PHANTOM_CLASSES[i // 2]}/{PHANTOM_CLASSES[i // 2]}-{i:08d}.tif", tiff(im))
-        for i, im in enumerate(images)
-    ]
+    return [(f"{folder}/{PHANTOM_CLASSES[i // 2]}/{i:08d}.tif", tiff(im)) for i, im in enumerate(images)]
 
 
 def offer(site, monkeypatch, name, members, **kw):
-    "Let a known set come from our server, with the counts that our small archive has."
+    "Serve a set of the catalogue from the test server, with the counts of a small archive."
     info = REGISTRY[name]
     (file,) = info.files
     packed = zip_of(members)
@@ -548,15 +539,14 @@ def offer(site, monkeypatch, name, members, **kw):
     return packed
 
 
-def test_nct_is_fetched_over_a_line_that_breaks(site, monkeypatch, home, capsys):
+def test_nct_is_fetched_over_a_broken_connection(site, monkeypatch, home, capsys):
     members = nct_members("NCT-CRC-HE-100K")
     packed = offer(site, monkeypatch, "nct-crc-he-100k", members)
-    site.manners = [{"drop": len(packed) // 2}]
+    site.faults = [{"drop": len(packed) // 2}]
     folder = fetch_dataset("nct-crc-he-100k")
     assert folder == home / "nct-crc-he-100k" and site.log[1][1] is not None
-    assert names(home) == ["downloads", "nct-crc-he-100k"] and names(home / "downloads" / "nct-crc-he-100k") == [
-        "NCT-CRC-HE-100K.zip"
-    ]
+    assert names(home) == ["downloads", "nct-crc-he-100k"]
+    assert names(home / "downloads" / "nct-crc-he-100k") == ["NCT-CRC-HE-100K.zip"]
     got = content(folder)
     record = json.loads(got.pop("dataset.json"))
     assert got == {n.split("/", 1)[1]: data for n, data in members}
@@ -576,7 +566,7 @@ def test_nct_is_fetched_over_a_line_that_breaks(site, monkeypatch, home, capsys)
 def test_licence_and_size_are_shown_before_the_first_byte(site, monkeypatch, capsys, home):
     offer(site, monkeypatch, "crc-val-he-7k", nct_members("CRC-VAL-HE-7K"))
     seen = []
-    monkeypatch.setattr(registry, "download_file", lambda *a: seen.append(capsys.readouterr().out) or download_file(*a))
+    monkeypatch.setattr(fetch, "download_file", lambda *a: seen.append(capsys.readouterr().out) or download_file(*a))
     assert "was not accepted" in said(lambda: fetch_dataset("crc-val-he-7k", accept_licence=False))
     assert not site.log and not home.exists()
     fetch_dataset("crc-val-he-7k")
@@ -592,7 +582,7 @@ def test_kather_from_a_folder_to_its_slides(site, monkeypatch):
     offer(site, monkeypatch, "kather2016", members)
     folder = fetch_dataset("kather2016")
     assert names(folder) == [*info.classes, "dataset.json"]
-    slides = [registry.group_of("kather2016", p) for p in sorted(folder.rglob("*.tif"))]
+    slides = [group_of("kather2016", p) for p in sorted(folder.rglob("*.tif"))]
     assert slides == [f"0{i + 1}" for i in range(8)]
     assert verify_dataset("kather2016").ok.all()
 
@@ -602,18 +592,17 @@ def pcam_arrays(n, seed):
     return rng.integers(0, 255, (n, 96, 96, 3), np.uint8), rng.integers(0, 2, (n, 1, 1, 1)).astype(np.uint8)
 
 
-def offer_pcam(site, monkeypatch, **spoil):
+def offer_pcam(site, monkeypatch, **damage):
     "PatchCamelyon's six files, small."
     files, arrays = [], {}
     for f in REGISTRY["patchcamelyon"].files:
         split, part = f.name.removesuffix(".h5.gz").rsplit("_", 2)[1:]
         x, y = arrays.setdefault(split, pcam_arrays({"train": 6, "valid": 4, "test": 3}[split], len(arrays)))
-        data = spoil.get(f"{split}_{part}") or h5_of(**{part: x if part == "x" else y})
+        data = damage.get(f"{split}_{part}") or h5_of(**{part: x if part == "x" else y})
         md5 = f"md5:{hashlib.md5(data).hexdigest()}"
-        files.append(site.put(f.name, gzip.compress(data), unpacked=spoil.get("unpacked", md5)))
-    monkeypatch.setitem(
-        REGISTRY, "patchcamelyon", replace(REGISTRY["patchcamelyon"], files=tuple(files), counts=(6, 4, 3))
-    )
+        files.append(site.put(f.name, gzip.compress(data), unpacked=damage.get("unpacked", md5)))
+    small = replace(REGISTRY["patchcamelyon"], files=tuple(files), counts=(6, 4, 3))
+    monkeypatch.setitem(REGISTRY, "patchcamelyon", small)
     return arrays
 
 
@@ -631,20 +620,20 @@ def test_patchcamelyon_stays_in_its_files(site, monkeypatch, home):
     assert "use train, valid or test" in said(lambda: read_patchcamelyon(folder, "val"))
 
 
-@pytest.mark.parametrize("spoil, sentence", [
-    ({"unpacked": "md5:" + "0" * 32}, "has not the checksum"),
+@pytest.mark.parametrize("damage, message", [
+    ({"unpacked": "md5:" + "0" * 32}, "does not match the checksum"),
     ({"valid_x": h5_of(x=pcam_arrays(3, 0)[0])}, "3 images for 4 labels"),
     ({"valid_x": h5_of(x=pcam_arrays(4, 0)[0][:, :64])}, "instead of uint8"),
     ({"valid_y": h5_of(y=np.full((4, 1, 1, 1), 7, np.uint8))}, "other than 0 and 1"),
     ({"train_y": b"no h5"}, "truncated or foreign"),
 ])  # fmt: skip
-def test_a_wrong_patchcamelyon_is_not_put_in_place(site, monkeypatch, home, spoil, sentence):
-    offer_pcam(site, monkeypatch, **spoil)
-    assert sentence in said(lambda: fetch_dataset("patchcamelyon"))
+def test_a_wrong_patchcamelyon_is_not_put_in_place(site, monkeypatch, home, damage, message):
+    offer_pcam(site, monkeypatch, **damage)
+    assert message in said(lambda: fetch_dataset("patchcamelyon"))
     assert names(home) == ["downloads"]
 
 
-def test_classes_and_counts_must_be_the_known_ones(site, monkeypatch, home):
+def test_classes_and_counts_must_match_the_catalogue(site, monkeypatch, home):
     members = nct_members("CRC-VAL-HE-7K")
     offer(site, monkeypatch, "crc-val-he-7k", members)
     right = REGISTRY["crc-val-he-7k"]
@@ -657,12 +646,12 @@ def test_classes_and_counts_must_be_the_known_ones(site, monkeypatch, home):
     assert "has no folder 'CRC-VAL-HE-7K'" in said(lambda: fetch_dataset("crc-val-he-7k"))
     assert names(home) == ["downloads"]
     offer(site, monkeypatch, "crc-val-he-7k", members)
-    assert names(fetch_dataset("crc-val-he-7k"))[-1] == "dataset.json"  # the right one is then fetched all the same
+    assert names(fetch_dataset("crc-val-he-7k"))[-1] == "dataset.json"  # the correct file is fetched after that
 
 
-def test_interrupted_fetch_goes_on_without_a_second_download(site, monkeypatch, home):
+def test_interrupted_fetch_resumes_without_a_second_download(site, monkeypatch, home):
     offer(site, monkeypatch, "crc-val-he-7k", nct_members("CRC-VAL-HE-7K"))
-    write, written = download._write_member, []
+    write, written = archives._write_file, []
 
     def stopping(*args):
         written.append(1)
@@ -671,7 +660,7 @@ def test_interrupted_fetch_goes_on_without_a_second_download(site, monkeypatch, 
         return write(*args)
 
     with monkeypatch.context() as m:
-        m.setattr(download, "_write_member", stopping)
+        m.setattr(archives, "_write_file", stopping)
         with pytest.raises(KeyboardInterrupt):
             fetch_dataset("crc-val-he-7k")
     assert names(home) == [".crc-val-he-7k.fetch", "downloads"]
@@ -680,59 +669,47 @@ def test_interrupted_fetch_goes_on_without_a_second_download(site, monkeypatch, 
     assert names(home) == ["crc-val-he-7k", "downloads"] and len(site.log) == 1
 
 
-def test_a_page_instead_of_an_archive_is_not_remembered(site, monkeypatch, home):
+def test_a_page_instead_of_an_archive_is_not_recorded(site, monkeypatch, home):
     root = REGISTRY["breakhis-v1"].files[0].root
     file = site.put("BreaKHis_v1.tar.gz", b"<html>moved</html>", checksum=None, size=None, root=root)
     monkeypatch.setitem(REGISTRY, "breakhis-v1", replace(REGISTRY["breakhis-v1"], files=(file,), counts=(1, 1)))
-    assert "truncated or corrupt" in said(lambda: fetch_dataset("breakhis-v1"))
+    assert "no zip, tar or gz" in said(lambda: fetch_dataset("breakhis-v1"))
     assert content(home / "downloads") == {"breakhis-v1/checksums.json": b"{}\n"}
-    names_ = [
-        "benign/SOB/adenosis/SOB_B_A_14-1/40X/SOB_B_A-14-22549AB-40-001.png",
-        "malignant/SOB/x/SOB_M_DC-14-2523-40-001.png",
-    ]
+    names_ = ["benign/SOB/adenosis/40X/SOB_B_A-14-22549AB-40-001.png", "malignant/SOB_M_DC-14-2523-40-001.png"]
     image = io.BytesIO()
     Image.new("RGB", (70, 46)).save(image, "png")
     site.put(file.name, tar_of([(f"{file.root}/{n}", image.getvalue()) for n in names_], "w:gz"))
     folder = fetch_dataset("breakhis-v1")
     assert names(folder) == ["benign", "dataset.json", "malignant"]
-    assert verify_dataset("breakhis-v1").ok.all() and "BreaKHis_v1.tar.gz" in read_ledger(
-        home / "downloads" / "breakhis-v1"
-    )
-    assert [registry.group_of("breakhis-v1", n) for n in names_] == ["22549AB", "2523"]
+    assert verify_dataset("breakhis-v1").ok.all()
+    assert "BreaKHis_v1.tar.gz" in read_ledger(home / "downloads" / "breakhis-v1")
+    assert [group_of("breakhis-v1", n) for n in names_] == ["22549AB", "2523"]
 
 
 def test_the_mirror_is_used_where_it_has_the_set(site, monkeypatch, tmp_path, capsys, home):
     (tmp_path / "mirror" / "crc-val-he-7k").mkdir(parents=True)
     monkeypatch.setenv("HISTODIFFUSION_DATA_MIRROR", str(tmp_path / "mirror"))
     assert fetch_dataset("crc-val-he-7k") == tmp_path / "mirror" / "crc-val-he-7k"
-    assert "served by the mirror" in capsys.readouterr().out and not home.exists()
+    assert "in the mirror" in capsys.readouterr().out and not home.exists()
     assert list_datasets().set_index("name").state["crc-val-he-7k"] == "mirror"
 
 
 def test_two_processes_do_not_fetch_into_one_folder(site, monkeypatch, home):
-    pytest.importorskip("fcntl")
     offer(site, monkeypatch, "crc-val-he-7k", nct_members("CRC-VAL-HE-7K"))
-    with registry._alone(home / "downloads" / "crc-val-he-7k"):
+    with fetch._alone(home / "downloads" / "crc-val-he-7k"):
         assert "Another process" in said(lambda: fetch_dataset("crc-val-he-7k"))
         assert names(home / "downloads") == ["crc-val-he-7k"]
     assert not site.log and names(home) == []
 
 
-def test_a_fetch_that_fails_at_once_leaves_no_folder(site, monkeypatch, home):
-    offer(site, monkeypatch, "crc-val-he-7k", nct_members("CRC-VAL-HE-7K"))
-    site.files.clear()
-    assert "HTTP 404" in said(lambda: fetch_dataset("crc-val-he-7k")) and names(home) == []
-
-
 @pytest.mark.parametrize("name", REGISTRY)
-def test_every_entry_says_what_to_do(name):
+def test_every_entry_explains_how_to_get_it(name):
     info = REGISTRY[name]
     assert info.licence in describe_dataset(name)
     if not info.files:
         text = said(lambda: fetch_dataset(name))
-        assert (
-            (info.homepage in text and f"home/{name}" in text) if info.by_hand else "HISTODIFFUSION_DATA_MIRROR" in text
-        )
+        where = (info.homepage, f"home/{name}") if info.by_hand else ("HISTODIFFUSION_DATA_MIRROR",)
+        assert all(word in text for word in where)
         assert not info.by_hand or "not checked" in info.note
     assert all(f.checksum or "not checked" in info.note for f in info.files)
     for f in info.files:
@@ -759,42 +736,38 @@ def test_cli_lists_describes_fetches_and_verifies(site, monkeypatch, capsys, hom
         (["fetch"], "needs the NAME"),
         (["fetch", "camelyon"], "Unknown data set 'camelyon'"),
         (["show", "pcam"], "takes no NAME"),
-        (["fetch", "pannuke", "--yes"], "get it from https://warwick"),
+        (["fetch", "pannuke", "--accept-licence"], "get it from https://warwick"),
     ]
-    for words, sentence in mistakes:
+    for words, message in mistakes:
         assert main(["data", *words]) == 2
         err = capsys.readouterr().err
-        assert sentence in err and err.count("\n") == 1
+        assert message in err and err.count("\n") == 1
 
 
 # ---- broken input of every kind ----
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
-    "Flip, cut, insert, repeat or blank some bytes."
+    "Flip, replace, cut, insert, blank or truncate some bytes."
     data = bytearray(data)
     for _ in range(rng.choice([1, 1, 2, 5, 20])):
-        i, n = rng.randrange(len(data) + 1), rng.choice([1, 2, 4, 16, 200])
-        kind = rng.randrange(6)
+        i, n, kind = rng.randrange(len(data) + 1), rng.choice([1, 2, 4, 16, 200]), rng.randrange(6)
         if kind == 0 and i < len(data):
             data[i] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            data[i : i + n] = rng.randbytes(n)
-        elif kind == 2:
-            data[i : i + n] = b""
+        elif kind < 3:
+            data[i : i + n] = rng.randbytes(n) if kind == 1 else b""
         elif kind == 3:
             data[i:i] = rng.choice([rng.randbytes(n), bytes(n), b"\xff" * n, b"../" * n])
         elif kind == 4:
             data[i : i + n] = rng.choice([b"\0", b"\xff"]) * n
         elif rng.random() < 0.3:
             del data[i:]
-        if not data:
-            data = bytearray(b"x")
+        data = data or bytearray(b"x")
     return bytes(data)
 
 
 def survive(call):
-    "A broken input may be refused with a sentence, and nothing else."
+    "A broken input may be refused with an error message, and nothing else."
     try:
         call()
         return True
@@ -803,51 +776,46 @@ def survive(call):
         return False
 
 
+def unpacks(folder, name, data) -> bool:
+    "Whether a broken archive is unpacked after all; either way nothing else is left, and no link."
+    box = folder / "box"
+    box.mkdir()
+    (box / name).write_bytes(data)
+    fine = survive(lambda: unpack_archive(box / name, box / "set", max_files=50, max_bytes=10**6))
+    assert set(names(box)) == ({name, "set"} if fine else {name}) and names(folder) == ["box"]
+    paths = list(box.rglob("*"))
+    assert sum(p.stat().st_size for p in paths) < 2 * 10**6 and not any(p.is_symlink() for p in paths)
+    shutil.rmtree(box)
+    return fine
+
+
 @pytest.mark.parametrize("name", ["a.zip", "stored.zip", "a.tar", "a.tar.gz", "a.tar.xz", "x.bin.gz"])
 def test_mutated_archives(tmp_path, name, in_time):
     rng, good = random.Random(name), GOOD.get(name) or gzip.compress(BODY[:3000])
-    accepted = 0
-    for _ in range(40):
-        box = tmp_path / "box"
-        box.mkdir()
-        (box / name).write_bytes(mutate(good, rng))
-        fine = survive(lambda box=box: unpack_archive(box / name, box / "set", max_files=50, max_bytes=10**6))
-        assert set(names(box)) == ({name, "set"} if fine else {name}) and names(tmp_path) == ["box"]
-        assert sum(p.stat().st_size for p in box.rglob("*")) < 2 * 10**6 and not any(
-            p.is_symlink() for p in box.rglob("*")
-        )
-        accepted += fine
-        shutil.rmtree(box)
-    assert accepted < 40
+    assert sum(unpacks(tmp_path, name, mutate(good, rng)) for _ in range(40)) < 40
 
 
-def test_mutated_archive_headers(tmp_path, in_time):
-    "Only headers are hit: names, sizes and kinds of a tar, the directory of a zip."
+def test_mutated_tar_headers(tmp_path, in_time):
+    "Only names, sizes and kinds change, most of them with a right checksum, so that the header counts."
     rng = random.Random(7)
-    for i in range(60):
-        tar = i % 2
-        data = bytearray(TAR if tar else GOOD["a.zip"])
+    for _ in range(30):
+        data = bytearray(TAR)
         for _ in range(rng.choice([1, 3])):
-            at = (
-                rng.randrange(8) * 1536 + rng.randrange(512)
-                if tar
-                else rng.randrange(GOOD["a.zip"].index(b"PK\1\2"), len(data))
-            )
-            data[at] = rng.randrange(256)
-            if tar and rng.random() < 0.7:  # with a right checksum, so that the header counts
-                head = at // 1536 * 1536
+            head = rng.randrange(8) * 1536
+            data[head + rng.randrange(512)] = rng.randrange(256)
+            if rng.random() < 0.7:
                 data[head + 148 : head + 156] = b" " * 8
                 data[head + 148 : head + 156] = b"%06o\0 " % sum(data[head : head + 512])
-        box = tmp_path / "box"
-        box.mkdir()
-        name = "a.tar" if tar else "a.zip"
-        (box / name).write_bytes(data)
-        fine = survive(
-            lambda box=box, name=name: unpack_archive(box / name, box / "set", max_files=50, max_bytes=10**6)
-        )
-        assert set(names(box)) == ({name, "set"} if fine else {name}) and names(tmp_path) == ["box"]
-        assert not any(p.is_symlink() for p in box.rglob("*"))
-        shutil.rmtree(box)
+        unpacks(tmp_path, "a.tar", bytes(data))
+
+
+def test_mutated_zip_directory(tmp_path, in_time):
+    rng, first = random.Random(8), GOOD["a.zip"].index(b"PK\1\2")
+    for _ in range(30):
+        data = bytearray(GOOD["a.zip"])
+        for _ in range(rng.choice([1, 3])):
+            data[rng.randrange(first, len(data))] = rng.randrange(256)
+        unpacks(tmp_path, "a.zip", bytes(data))
 
 
 def test_mutated_hdf5(tmp_path, in_time):
@@ -874,15 +842,7 @@ def test_mutated_ledger(site, tmp_path, in_time):
     site.put("a.zip", b"abc")
     download_file(site.url("a.zip"), tmp_path / "a.zip")
     good = (tmp_path / "checksums.json").read_bytes()
-    odd = [
-        b"[" * 100_000,
-        b"null",
-        b"[]",
-        b'{"a.zip": 1}',
-        b'{"a.zip": {}}',
-        b"\xff\xfe",
-        b'{"a.zip": {"sha256": 1, "size": 1e999}}',
-    ]
+    odd = [b"[" * 100_000, b"null", b"[]", b'{"a.zip": 1}', b'{"a.zip": {}}', b"\xff\xfe", b'{"a.zip": {"sha256": 1}}']
     for i in range(40):
         (tmp_path / "checksums.json").write_bytes(odd[i] if i < len(odd) else mutate(good, rng))
         survive(lambda: read_ledger(tmp_path))
@@ -906,16 +866,9 @@ def test_mutated_note_of_a_part(site, tmp_path, in_time):
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp", "webp"])
 def test_mutated_images(tmp_path, suffix, in_time):
     rng, out = random.Random(suffix), io.BytesIO()
-    Image.fromarray(phantom_patches([8], seed=0, size=32)[0]).save(
-        out, {"jpg": "jpeg", "tif": "tiff"}.get(suffix, suffix)
-    )
+    image = Image.fromarray(phantom_patches([8], seed=0, size=32)[0])
+    image.save(out, {"jpg": "jpeg", "tif": "tiff"}.get(suffix, suffix))
     for _ in range(20):
         (tmp_path / f"a.{suffix}").write_bytes(mutate(out.getvalue(), rng))
         survive(lambda: read_image(tmp_path / f"a.{suffix}"))
         assert names(tmp_path) == [f"a.{suffix}"]
-
-
-def test_check_file_names_what_is_wrong(tmp_path):
-    (tmp_path / "a").write_bytes(b"abc")
-    assert "is not a checksum" in said(lambda: check_file(tmp_path / "a", "crc32:123"))
-    assert "fetch it first" in said(lambda: check_file(tmp_path / "b"))

@@ -1,4 +1,4 @@
-"Packed sets: every layout read through one memory map, and what a split keeps together."
+"Packed sets: every layout is read through one memory map. Splits keep copies and patients together."
 
 import h5py
 import numpy as np
@@ -59,7 +59,7 @@ def test_patchcamelyon_is_packed_from_its_hdf5_files(home):
     assert found[["pretrain_file", "target_file"]].values.tolist() == [["train/2", "a/leak.png"]]
 
 
-def test_a_set_is_packed_once_and_anew_when_a_file_changes(home):
+def test_a_set_is_packed_once_and_again_when_a_file_changes(home):
     spec = write_set(home / "set")
     before = dataset_fingerprint(spec)
     first = packed_dataset(spec)
@@ -106,20 +106,20 @@ def test_command_line_tiles_a_large_image(home, capsys):
     (home / "images").mkdir()
     tissue = np.concatenate([np.concatenate(list(phantom_patches([8] * 4, seed=s)), 1) for s in range(4)])
     Image.fromarray(tissue).save(home / "images" / "a.png")
-    words = ["tile", str(home / "images"), "--out", str(home / "tiles"), "--mpp", "1", "--size", "32"]
-    assert main(words) == 2
+    arguments = ["tile", str(home / "images"), "--out", str(home / "tiles"), "--mpp", "1", "--size", "32"]
+    assert main(arguments) == 2
     assert "mpp" in capsys.readouterr().err
-    assert main([*words, "--mpp-of-file", "0.5"]) == 0
+    assert main([*arguments, "--mpp-of-file", "0.5"]) == 0
     assert "16 patches of 1 slide(s)" in capsys.readouterr().out
 
 
-def test_command_line_exports_nothing_before_there_is_something(home, capsys):
+def test_command_line_refuses_to_export_before_patches_exist(home, capsys):
     assert main(["export", "--out", str(home / "shared")]) == 2
     assert "histodiffusion select" in capsys.readouterr().err
     assert not (home / "shared").exists()
 
 
-def test_stain_knob_changes_colour_patches_and_refuses_grey_ones(home):
+def test_stain_setting_changes_colour_patches_and_refuses_grey_ones(home):
     from histodiffusion.study import steps as stages
     from histodiffusion.study.run import Run
 
@@ -137,7 +137,7 @@ def test_stain_knob_changes_colour_patches_and_refuses_grey_ones(home):
         stages.target_data(Run("smoke", f"folder:{home / 'grey'}", ["phantom:kyoto:45"], overrides=dict(stain="macenko")))
 
 
-def test_broken_manifests_end_in_a_sentence(home):
+def test_broken_manifests_give_a_one_line_error(home):
     spec = write_set(home / "set", 4)
     rows = "".join(f"{c}/{i}.png,slide-{i},ann{c}\n" for c in ("ADI", "TUM") for i in range(4))
     good, rng = ("file,slide,patient\n" + rows).encode(), np.random.default_rng(0)

@@ -12,7 +12,7 @@ from histodiffusion.app.reproduce import plan
 from histodiffusion.study.stages import PRIOR_STAGES
 from histodiffusion.study.stages import STAGES, upstream_of
 from histodiffusion.study.run import Run
-from histodiffusion.study.artefacts import forget
+from histodiffusion.study.artefacts import remove_stage
 from histodiffusion.models.sampling import load_pipeline
 from histodiffusion.app.share import load_prior
 from histodiffusion.study.steps import diffusion, pretraining_data
@@ -28,19 +28,26 @@ def test_all_weights_together_stay_small():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_card_names_every_file_by_its_checksum(name):
-    told = dict(re.findall(r"- `(.+\.safetensors)`, sha256 `(\w+)`", (WEIGHTS / name / "README.md").read_text()))
-    assert told == {str(f.relative_to(WEIGHTS / name)): hash_file(f) for f in (WEIGHTS / name).rglob("*.safetensors")}
+    listed = dict(re.findall(r"- `(.+\.safetensors)`, sha256 `(\w+)`", (WEIGHTS / name / "README.md").read_text()))
+    assert listed == {str(f.relative_to(WEIGHTS / name)): hash_file(f) for f in (WEIGHTS / name).rglob("*.safetensors")}
+
+
+def test_published_cards_name_an_import_that_works():
+    from histodiffusion.app.share import load_prior as published
+
+    assert published is load_prior
+    assert all("load_prior" in (WEIGHTS / name / "README.md").read_text() for name in NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_published_weights_learnt_from_open_sets_alone(name):
+def test_published_weights_are_trained_on_open_sets_only(name):
     pool = read_json(WEIGHTS / name / "diffusion" / "provenance.json")["data"]
-    learnt = [*pool, read_json(WEIGHTS / name / "classifier.json")["learnt_from"]]
-    assert all(may_show(s) for s in learnt), learnt
+    sets = [*pool, read_json(WEIGHTS / name / "classifier.json")["learnt_from"]]
+    assert all(may_show(s) for s in sets), sets
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_guidance_makes_the_wanted_class_more_likely(name):
+def test_guidance_makes_the_target_class_more_likely(name):
     prior = load_prior(name)
     free, guided = (prior.sample(per_class=2, guidance_scale=s, steps=6) for s in (0.0, 8.0))
     assert guided["images"].shape[1:3] == (64, 64) and guided["images"].dtype == np.uint8
@@ -48,12 +55,12 @@ def test_guidance_makes_the_wanted_class_more_likely(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_that_starts_from_published_weights_cannot_remove_them(name, tmp_path, monkeypatch):
+def test_a_run_cannot_remove_published_weights(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HISTODIFFUSION_RESULTS_PATH", str(tmp_path))
     run = Run("small", "phantom:target", overrides={"prior": name})
     assert all(run.done(s) for s in PRIOR_STAGES)
     before = sorted(WEIGHTS.rglob("*"))
-    forget(run, "pretraining_data")
+    remove_stage(run, "pretraining_data")
     assert sorted(WEIGHTS.rglob("*")) == before
     with pytest.raises(HistoDiffusionError, match="leave --pretrain-sets out"):
         Run("small", "phantom:target", ["phantom:kyoto"], overrides={"prior": name})
@@ -69,7 +76,7 @@ def distance(a, b):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_published_prior_learns_on(name, tmp_path, monkeypatch):
+def test_training_continues_from_a_published_prior(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HISTODIFFUSION_RESULTS_PATH", str(tmp_path))
     published, nets = load_prior(name).unet, {}
     for key, settings in dict(further={"prior_steps": 2}, fresh={"prior_part": "autoencoder", "prior_steps": 2},
@@ -85,7 +92,7 @@ def test_a_published_prior_learns_on(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_prior_that_learns_on_may_learn_to_tell_v(name, tmp_path, monkeypatch):
+def test_continued_training_may_change_the_prediction_type(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HISTODIFFUSION_RESULTS_PATH", str(tmp_path))
     own = read_json(WEIGHTS / name / "diffusion" / "provenance.json")["settings"]["prediction"]
     other = {"epsilon": "v_prediction", "v_prediction": "epsilon"}[own]
@@ -94,30 +101,30 @@ def test_a_prior_that_learns_on_may_learn_to_tell_v(name, tmp_path, monkeypatch)
     pretraining_data(run)
     diffusion(run)
     assert load_pipeline(run.folder("diffusion") / "model")[1] and run.settings.prediction == other
-    told = read_json(run.folder("diffusion") / "model" / "scheduler" / "scheduler_config.json")["prediction_type"]
-    assert told == other
+    saved = read_json(run.folder("diffusion") / "model" / "scheduler" / "scheduler_config.json")["prediction_type"]
+    assert saved == other
     with pytest.raises(HistoDiffusionError, match="was made with prediction"):
         Run("small", "phantom:target", overrides={"prior": name, "prediction": other})
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_only_what_follows_the_prior_depends_on_how_it_learns_on(name):
-    as_it_is = Run("small", "phantom:target", overrides={"prior": name})
+def test_only_stages_after_the_prior_depend_on_its_continued_training(name):
+    previous = Run("small", "phantom:target", overrides={"prior": name})
     follows = [s for s in STAGES if "diffusion" in upstream_of(s)]
     for settings in ({"prior_steps": 2}, {"prior_steps": 3}, {"prior_part": "autoencoder"}):
         run = start_from(name, **settings)
-        changed = [s for s in STAGES if s != "pretraining_data" and run.key(s) != as_it_is.key(s)]
+        changed = [s for s in STAGES if s != "pretraining_data" and run.key(s) != previous.key(s)]
         assert changed == follows, settings
-        as_it_is = run
+        previous = run
 
 
-@pytest.mark.parametrize("settings", [{}, {"prior_steps": 2}], ids=["as it is", "learning on"])
+@pytest.mark.parametrize("settings", [{}, {"prior_steps": 2}], ids=["unchanged", "continued"])
 def test_no_job_of_a_plan_writes_or_waits_for_published_files(settings):
     run = start_from(NAMES[0], **settings) if settings else Run("small", "phantom:target", overrides={"prior": NAMES[0]})
     assert not [f for j in plan(run) for f in (*j.inputs, *j.outputs) if "weights" in Path(f).parts]
 
 
-def test_learning_on_needs_a_prior_and_keeps_clear_of_the_target():
+def test_continued_training_needs_a_prior_and_excludes_the_target():
     with pytest.raises(HistoDiffusionError, match="need a prior to start from"):
         Run("small", overrides={"prior_steps": 2})
     with pytest.raises(HistoDiffusionError, match="shares its images"):

@@ -10,21 +10,20 @@ __all__ = ['noise_schedule', 'build_unet', 'loss_weights', 'LatentSampler', 'Dif
 from dataclasses import replace
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
 from torch.nn.utils import parametrize
 
-from ..core import HistoDiffusionError, get_device
+from ..core import HistoDiffusionError, derive_seed, get_device
 from .training import Fit, FitConfig, fit, normal_like
 
 # %% ../../nbs/library/models/04_diffusion.ipynb #edf3168c
 def noise_schedule(
-    prediction:str="epsilon", # 'epsilon' or 'v_prediction'
-    steps:int=1000, # T
-) -> DDPMScheduler:
-    "The forward process that everything here is trained with."
+    prediction:str="epsilon", # what the U-Net predicts: 'epsilon' or 'v_prediction'
+): # diffusers' DDPMScheduler
+    "The forward process of all training here."
+    from diffusers import DDPMScheduler
     if prediction not in ("epsilon", "v_prediction"):
         raise HistoDiffusionError(f"Unknown prediction '{prediction}': use epsilon or v_prediction.")
-    return DDPMScheduler(num_train_timesteps=steps, beta_schedule="linear", beta_start=.0015, beta_end=.0155,
+    return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", beta_start=.0015, beta_end=.0155,
                          prediction_type=prediction, clip_sample=False)
 
 # %% ../../nbs/library/models/04_diffusion.ipynb #b758a1a9
@@ -33,36 +32,37 @@ def build_unet(
     latent_channels:int=4, # channels of the latents
     widths:tuple=(64, 128, 256), # channels per level
     layers:int=1, # residual blocks per level
-    attention:tuple=(False, True, True), # self-attention at each level
-    head_dim:int=32, # channels per attention head
-) -> UNet2DModel:
-    "An untrained U-Net that predicts noise from a noisy latent and its time."
+    attention:tuple=(False, True, True), # self-attention at each level, by heads of 32 channels
+): # diffusers' UNet2DModel
+    "An untrained U-Net that predicts the noise in a noisy latent, given its time."
+    from diffusers import UNet2DModel
     if len(widths) != len(attention): raise HistoDiffusionError("unet_channels and unet_attention need the same length.")
     if latent_size % 2**(len(widths) - 1):
         raise HistoDiffusionError(f"latents of side {latent_size} cannot be halved {len(widths) - 1} times: use fewer levels.")
     return UNet2DModel(sample_size=latent_size, in_channels=latent_channels, out_channels=latent_channels,
-                       block_out_channels=tuple(widths), layers_per_block=layers, attention_head_dim=head_dim,
+                       block_out_channels=tuple(widths), layers_per_block=layers, attention_head_dim=32,
                        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
                        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
                        norm_num_groups=min(16, *widths))
 
 # %% ../../nbs/library/models/04_diffusion.ipynb #1e3c3c6a
 def loss_weights(
-    schedule:DDPMScheduler, # the forward process
+    schedule, # DDPMScheduler, the forward process
     min_snr_gamma:float=0., # γ > 0; 0: no weighting
 ) -> torch.Tensor: # (T,)
-    "Weight of the squared error at each time."
+    "Weight of the squared error at each time (min-SNR-γ, Hang et al. 2023)."
     if not min_snr_gamma: return torch.ones(len(schedule.alphas_cumprod))
     snr = schedule.alphas_cumprod/(1 - schedule.alphas_cumprod)
     return snr.clamp(max=min_snr_gamma)/(snr if schedule.config.prediction_type == "epsilon" else snr + 1)
 
 # %% ../../nbs/library/models/04_diffusion.ipynb #ad3edeea
 class LatentSampler:
-    "Draws from cached latents."
+    "Draws batches of cached latents; they stay on a GPU where they take at most a quarter of its free memory."
     def __init__(self,
         latents:torch.Tensor, # (N, C, h, w) float16 or float32
     ):
-        self.latents = latents.to(get_device()) if _fits(latents) else latents
+        fits = torch.cuda.is_available() and latents.nbytes < torch.cuda.mem_get_info()[0]/4
+        self.latents = latents.to(get_device()) if fits else latents
 
     def __len__(self): return len(self.latents)
     def __call__(self, n, generator):
@@ -70,16 +70,12 @@ class LatentSampler:
         i = torch.randint(len(self.latents), (n,), generator=generator).to(self.latents.device)
         return self.latents[i].to(get_device()).float()
 
-def _fits(latents):
-    "Whether latents take at most a quarter of a GPU's free memory, and so may stay there."
-    return torch.cuda.is_available() and latents.nbytes < torch.cuda.mem_get_info()[0]/4
-
 # %% ../../nbs/library/models/04_diffusion.ipynb #55569770
 class DiffusionLoss:
     "Squared error of the predicted noise (or v), at random times, weighted."
     def __init__(self,
         latents, # latents(n, generator) -> (n, C, h, w) batch
-        schedule:DDPMScheduler, # the forward process
+        schedule, # DDPMScheduler, the forward process
         batch:int=64, # latents per step
         min_snr_gamma:float=5., # 0: plain weights
     ):
@@ -101,33 +97,35 @@ class LowRank(torch.nn.Module):
     def __init__(self,
         weight:torch.Tensor, # (out, ...), left as it is
         rank:int, # of the change, >= 1
+        generator:torch.Generator, # random generator on the CPU
     ):
         super().__init__()
         fan_in = weight[0].numel()
-        self.a = torch.nn.Parameter(torch.randn(rank, fan_in)/fan_in**.5)
-        self.b = torch.nn.Parameter(torch.zeros(len(weight), rank))
+        self.a = torch.nn.Parameter((torch.randn(rank, fan_in, generator=generator)/fan_in**.5).to(weight.device))
+        self.b = torch.nn.Parameter(torch.zeros(len(weight), rank, device=weight.device))
 
     def forward(self, weight): return weight + (self.b @ self.a).view_as(weight)
 
-def _lora_layers(unet):
-    "Attention and the convolutions of residual blocks."
-    return [m for n, m in unet.named_modules() if n.split(".")[-1] in ("to_q", "to_k", "to_v", "0", "conv1", "conv2", "time_emb_proj")
-            and isinstance(m, torch.nn.Linear | torch.nn.Conv2d) and ("attentions" in n or "resnets" in n)]
-
 # %% ../../nbs/library/models/04_diffusion.ipynb #01c98876
 def add_lora(
-    unet:UNet2DModel, # changed in place: frozen, but for the new matrices
+    unet, # UNet2DModel, changed in place: frozen, except for the new matrices
     rank:int, # of the changes, >= 1
-) -> UNet2DModel:
-    "Let attention and residual blocks learn low-rank changes only."
+    seed:int=0, # of the new matrices
+): # the U-Net
+    "Make only low-rank changes of attention and of the residual blocks' convolutions trainable."
+    generator = torch.Generator().manual_seed(derive_seed("lora", seed))
     unet.requires_grad_(False)
-    for layer in _lora_layers(unet): parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank))
+    for name, m in list(unet.named_modules()):
+        last = name.split(".")[-1]
+        if last in ("to_q", "to_k", "to_v", "0", "conv1", "conv2", "time_emb_proj") and ("attentions" in name or "resnets" in name):
+            if isinstance(m, torch.nn.Linear | torch.nn.Conv2d):
+                parametrize.register_parametrization(m, "weight", LowRank(m.weight, rank, generator))
     return unet
 
 # %% ../../nbs/library/models/04_diffusion.ipynb #db0396de
 def merge_lora(
-    unet:UNet2DModel, # of `add_lora`; changed in place
-) -> UNet2DModel:
+    unet, # of `add_lora`; changed in place
+): # the U-Net
     "Add the changes to the weights; the result is a plain U-Net."
     for layer in [m for m in unet.modules() if parametrize.is_parametrized(m, "weight")]:
         parametrize.remove_parametrizations(layer, "weight")
@@ -136,17 +134,17 @@ def merge_lora(
 # %% ../../nbs/library/models/04_diffusion.ipynb #0d4eafe5
 def train_diffusion(
     latents, # latents(n, generator) -> (n, C, h, w) batch
-    unet:UNet2DModel, # fresh, or pre-trained for fine-tuning; changed in place
-    schedule:DDPMScheduler|None=None, # the forward process
+    unet, # UNet2DModel, fresh, or pre-trained for fine-tuning; changed in place
+    schedule=None, # DDPMScheduler, the forward process; None: `noise_schedule()`
     batch:int=64, # latents per step
     min_snr_gamma:float=5., # 0: plain weights
-    config:FitConfig|None=None, # of the training loop
+    config:FitConfig=FitConfig(steps=1000), # of the training loop
     folder=None, # for checkpoints
     desc:str="diffusion", # for the progress bar
-    lora_rank:int=0, # > 0: only low-rank changes of this rank are learnt, and added to the weights at the end
+    lora_rank:int=0, # > 0: only low-rank changes of this rank are trained, and added to the weights at the end
 ) -> Fit:
     "Train or fine-tune a U-Net on latents."
     loss = DiffusionLoss(latents, schedule or noise_schedule(), batch, min_snr_gamma)
-    if not lora_rank: return fit(unet, loss, config or FitConfig(steps=1000), folder, desc)
-    fitted = fit(add_lora(unet, lora_rank), loss, config or FitConfig(steps=1000), folder, desc)
+    if not lora_rank: return fit(unet, loss, config, folder, desc)
+    fitted = fit(add_lora(unet, lora_rank, config.seed), loss, config, folder, desc)
     return replace(fitted, model=merge_lora(fitted.model))
