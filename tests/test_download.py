@@ -622,7 +622,7 @@ def test_patchcamelyon_stays_in_its_files(site, monkeypatch, home):
 
 @pytest.mark.parametrize("damage, message", [
     ({"unpacked": "md5:" + "0" * 32}, "does not match the checksum"),
-    ({"valid_x": h5_of(x=pcam_arrays(3, 0)[0])}, "3 images for 4 labels"),
+    ({"valid_x": h5_of(x=pcam_arrays(3, 0)[0])}, "(3, 96, 96, 3) instead of"),
     ({"valid_x": h5_of(x=pcam_arrays(4, 0)[0][:, :64])}, "instead of uint8"),
     ({"valid_y": h5_of(y=np.full((4, 1, 1, 1), 7, np.uint8))}, "other than 0 and 1"),
     ({"train_y": b"no h5"}, "truncated or foreign"),

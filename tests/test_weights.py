@@ -103,7 +103,7 @@ def test_continued_training_may_change_the_prediction_type(name, tmp_path, monke
     assert load_pipeline(run.folder("diffusion") / "model")[1] and run.settings.prediction == other
     saved = read_json(run.folder("diffusion") / "model" / "scheduler" / "scheduler_config.json")["prediction_type"]
     assert saved == other
-    with pytest.raises(HistoDiffusionError, match="was made with prediction"):
+    with pytest.raises(HistoDiffusionError, match="was trained with prediction"):
         Run("small", "phantom:target", overrides={"prior": name, "prediction": other})
 
 
@@ -125,9 +125,9 @@ def test_no_job_of_a_plan_writes_or_waits_for_published_files(settings):
 
 
 def test_continued_training_needs_a_prior_and_excludes_the_target():
-    with pytest.raises(HistoDiffusionError, match="need a prior to start from"):
+    with pytest.raises(HistoDiffusionError, match="need a prior"):
         Run("small", overrides={"prior_steps": 2})
     with pytest.raises(HistoDiffusionError, match="shares its images"):
         start_from(NAMES[0], ["phantom:target:60"], prior_steps=2)
-    with pytest.raises(HistoDiffusionError, match="was made with unet_layers"):
+    with pytest.raises(HistoDiffusionError, match="was trained with unet_layers"):
         start_from(NAMES[0], prior_steps=2, unet_layers=3)

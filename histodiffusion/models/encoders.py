@@ -36,12 +36,14 @@ def lite0_weights() -> dict: # parameter name in timm -> tensor
     return dict(zip(names, stored.values()))
 
 # %% ../../nbs/library/models/02_encoders.ipynb #2ceb5a9d
-SQUEEZENET_SHA256 = "f206789a208c80b7a4169d5af033ce78dbd18a24415b51481c144af8bc6cedad"  # of the tensors' bytes, sorted by name
+# of the tensors' bytes, sorted by name
+SQUEEZENET_SHA256 = "f206789a208c80b7a4169d5af033ce78dbd18a24415b51481c144af8bc6cedad"
 
 def squeezenet_file() -> Path|None: # a .safetensors file, or None
     "The file of SqueezeNet's weights on this machine."
     named, mirror = os.environ.get("HISTODIFFUSION_WEIGHTS", "").strip(), load_settings().data_mirror
-    folders = ([Path(named).expanduser()] if named else []) + ([mirror.parent/"weights", mirror/"weights"] if mirror else [])
+    folders = [Path(named).expanduser()] if named else []
+    if mirror: folders += [mirror.parent/"weights", mirror/"weights"]
     return next((f for p in folders for f in sorted(p.glob("squeezenet1_0/*.safetensors"))), None)
 
 # %% ../../nbs/library/models/02_encoders.ipynb #ba445738
@@ -86,10 +88,10 @@ class _Inception(nn.Module):
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
             self.net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
         except ImportError as e:
-            raise HistoDiffusionError("The encoder 'inception' needs torch-fidelity: pip install torch-fidelity.") from e
+            raise HistoDiffusionError("The encoder 'inception' needs torch-fidelity: pip install it.") from e
         except Exception as e:  # offline: urllib and torch raise many kinds
-            raise HistoDiffusionError(f"The encoder 'inception' cannot get its weights ({type(e).__name__}): go online once, "
-                                      "or use efficientnet_lite0.") from e
+            raise HistoDiffusionError(f"The encoder 'inception' cannot get its weights ({type(e).__name__}): go "
+                                      "online once, or use efficientnet_lite0.") from e
 
     def forward(self, x): return self.net(x.round().clamp(0, 255).byte())[0]
 
@@ -98,8 +100,8 @@ def _timm_pretrained(name):
     "A pretrained network of timm."
     import timm
     if not name.startswith("timm:") or name[5:] not in timm.list_models():
-        raise HistoDiffusionError(f"Unknown encoder '{name}': use efficientnet_lite0, squeezenet, inception, or timm:NAME "
-                                  "with a name of timm.list_models().")
+        raise HistoDiffusionError(f"Unknown encoder '{name}': use efficientnet_lite0, squeezenet, inception, or "
+                                  "timm:NAME with a name of timm.list_models().")
     try: net = timm.create_model(name[5:], pretrained=True, num_classes=0)
     except Exception as e:  # offline, or no weights published: timm and its hub raise many kinds
         raise HistoDiffusionError(f"no pretrained weights for '{name}' ({type(e).__name__}): go online, or use "
@@ -107,7 +109,8 @@ def _timm_pretrained(name):
     return net, net.num_features, net.pretrained_cfg["mean"], net.pretrained_cfg["std"]
 
 # %% ../../nbs/library/models/02_encoders.ipynb #aadb288b
-_RECIPES = dict(efficientnet_lite0=_lite0, squeezenet=_squeezenet, inception=lambda: (_Inception(), 2048, [0.]*3, [1/255]*3))
+_RECIPES = dict(efficientnet_lite0=_lite0, squeezenet=_squeezenet,
+                inception=lambda: (_Inception(), 2048, [0.]*3, [1/255]*3))
 
 class ImageEncoder(nn.Module):
     "A network that maps patches in [-1, 1], grey or RGB, to feature vectors."
@@ -157,7 +160,8 @@ class FeatureMaps(nn.Module):
     def __init__(self):
         super().__init__()
         import timm
-        self.net, stored = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(0, 1, 2)), lite0_weights()
+        self.net = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(0, 1, 2))
+        stored = lite0_weights()
         self.net.load_state_dict({k: stored[k] for k in self.net.state_dict()})
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
