@@ -1,4 +1,7 @@
-"""Build the site from the notebooks: stage pages in `_proc`, then let Sphinx write `_site`. Nothing is run and nothing is fetched."""
+"""Build the site from the notebooks: write Sphinx sources to `_proc`, then let Sphinx write `_site`.
+
+No notebook is run and nothing is downloaded: the pages show the outputs that the notebooks were committed with.
+"""
 
 import ast
 import importlib
@@ -12,34 +15,49 @@ from pathlib import Path
 import nbformat
 from nbdev.showdoc import show_doc
 from nbformat.v4 import new_markdown_cell
-from readme import HIDDEN, ROOT, split_directives
+from readme import ROOT, hidden, split_directives
 from sphinx.cmd.build import build_main
 
 from histodiffusion.core import read_json
 from histodiffusion.data.catalogue import REGISTRY
-from histodiffusion.study.stages import STAGES
-from histodiffusion.study.run import Run
 from histodiffusion.study.artefacts import command_of
+from histodiffusion.study.run import Run
+from histodiffusion.study.stages import STAGES
 
 NBS, OUT, SITE = ROOT / "nbs", ROOT / "_proc", ROOT / "_site"
 WEB = "https://github.com/histodiffusion/histodiffusion/blob/main"
-# figures that bear another name than the stage that draws them
-DRAWN_BY = dict(
-    figure_1="figure_2", quality_seconds="ablation_sampling", calibration="audit", gain_by_class="audit", closest_pairs="audit",
-    feature_map="audit", ablation_classifier="ablation_sampling", adaptation="table_1", gain="table_1", selection="table_1",
-    memorisation="audit", label_noise="audit",
+# tables and figures that are not named after the stage that makes them
+FROM_STAGE = dict(
+    figure_1="figure_2", quality_seconds="ablation_sampling", ablation_classifier="ablation_sampling",
+    adaptation="table_1", gain="table_1", selection="table_1", memorisation="safety", label_noise="safety",
+    calibration="safety", gain_by_class="safety", closest_pairs="safety", feature_map="safety",
 )  # fmt: skip
+# the wings of the library, in the order of the data: title and description
+WINGS = dict(
+    data=("Data", "Data sets from their publisher to training patches: catalogue, download, splits, the pool of "
+          "unlabelled patches, stain, copies and leakage, whole slides, and the phantom."),
+    models=("Models", "Networks and samplers: the training loop, image encoders, autoencoder, diffusion prior, latent "
+            "classifier, guidance, sampling, the backbone classifier, and baselines."),
+    measure=("Measure", "Selection of synthetic patches, image quality, statistics of gains, and figures."),
+    study=("Study", "One run from data to report: profiles, stages, provenance, comparisons, tables, ablations."),
+    app=("App", "What a user starts: `histodiffusion reproduce`, sharing of patches and weights, the explorer."),
+)
 
 
 # ---- cross-links ----
 
+def module_name(path: Path) -> str:
+    "Name of the module that a library notebook exports: `data.packed` for `nbs/library/data/04_packed.ipynb`."
+    return ".".join([*path.relative_to(NBS / "library").parts[:-1], path.stem[3:]])
+
+
 def module_of(path: Path):
     "The module that a library notebook exports."
-    return importlib.import_module(f"histodiffusion.{path.stem[3:]}")
+    return importlib.import_module(f"histodiffusion.{module_name(path)}")
 
 
 def exported(source: str, module) -> list:
-    "Public functions, classes, and methods added by @patch that an exported cell defines."
+    "Names of public functions, classes and @patch methods that an exported cell defines."
     names = []
     for node in ast.parse(source).body:
         if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"): continue
@@ -50,16 +68,16 @@ def exported(source: str, module) -> list:
 
 
 def exports(cell) -> bool:
-    "Whether a cell goes into a module."
+    "Whether a cell is exported to a module."
     return cell.cell_type == "code" and any(d.split()[0] == "export" for d in split_directives(cell.source)[0] if d)
 
 
 def symbols() -> dict:
     "Public names of the library -> name of their module."
     known = {}
-    for path in sorted((NBS / "library").glob("*.ipynb")):
-        cells = [c for c in nbformat.read(path, as_version=4).cells if exports(c)]
-        known |= {n: path.stem[3:] for c in cells for n in exported(split_directives(c.source)[1], module_of(path))}
+    for path in sorted((NBS / "library").rglob("*.ipynb")):
+        cells, module = [c for c in nbformat.read(path, as_version=4).cells if exports(c)], module_of(path)
+        known |= {n: module_name(path) for c in cells for n in exported(split_directives(c.source)[1], module)}
     return known
 
 
@@ -68,13 +86,13 @@ CODE = re.compile(r"(```.*?```|~~~.*?~~~)|(?<![`\[])`([A-Za-z_][\w.]*)(\(\))?`(?
 
 
 def target(name: str, module: str = "") -> str:
-    "The anchor of a public name; anchors know no capitals, and a class may differ from a function by them alone."
+    "Anchor of a public name. It starts with the kind: anchors ignore case, which may be all that sets two names apart."
     kind = "class" if name[0].isupper() else "def"
     return f"{kind}-{module or SYMBOLS[name]}-{name}".lower().replace(".", "-").replace("_", "-")
 
 
 def cross_link(text: str) -> str:
-    "Make links of names of the library that stand between backticks."
+    "Link names of the library in backticks to their definitions."
     def link(match):
         if match[1] or match[2] not in SYMBOLS: return match[0]
         return f"[`{match[2]}{match[3] or ''}`](#{target(match[2])})"
@@ -85,15 +103,17 @@ LINK = re.compile(r"(\]\()(?![a-z][a-z+.-]*:|[/#])([^)\s]+)(\))")
 
 
 def relink(text: str, home: Path) -> str:
-    "Point links to files that have no page at the repository."
+    "Link files without a page of their own to the repository."
     def link(match):
         path, _, anchor = match[2].partition("#")
         place = (home / path).resolve()
-        if not place.exists(): raise SystemExit(f"{home.relative_to(ROOT)}: a link leads to '{match[2]}', which is not there.")
+        if not place.exists():
+            raise SystemExit(f"{home.relative_to(ROOT)}: a link points to '{match[2]}', which is missing.")
         inside = place.relative_to(ROOT)
         if place.suffix == ".ipynb" and inside.parts[0] == "nbs": return match[0]
         pages = {"results/README.md": "results", "CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog"}
-        if str(inside) in pages: return f"{match[1]}{'../' * (len(home.relative_to(ROOT).parts) - 1)}{pages[str(inside)]}.md{match[3]}"
+        up = "../" * (len(home.relative_to(ROOT).parts) - 1)
+        if str(inside) in pages: return f"{match[1]}{up}{pages[str(inside)]}.md{match[3]}"
         return f"{match[1]}{WEB}/{inside}{match[3]}"
     return LINK.sub(link, text)
 
@@ -104,21 +124,22 @@ HEADING = re.compile(r"^(#+) ", re.MULTILINE)
 
 
 def api(name: str, module, level: int) -> nbformat.NotebookNode:
-    "Signature and docstring of a public name, as a cell of text with a heading of a level."
+    "Signature and docstring of a public name, as a Markdown cell with a heading."
     thing = module
     for part in name.split("."): thing = getattr(thing, part)
     text = show_doc(inspect.unwrap(thing), name=name, title_level=level)._repr_markdown_()
     head, body = text[text.index("#" * level + " "):].split("\n", 1)
-    return new_markdown_cell(f"({target(name, module.__name__.split('.')[-1])})=\n{head}\n{cross_link(body.replace('numpy.', 'np.'))}")
+    anchor = target(name, module.__name__.removeprefix("histodiffusion."))
+    return new_markdown_cell(f"({anchor})=\n{head}\n{cross_link(body.replace('numpy.', 'np.'))}")
 
 
 def page(path: Path, module=None) -> nbformat.NotebookNode:
-    "A notebook as a page: hidden cells left out, exported code folded below its signatures."
+    "A notebook as a page: without hidden cells, with exported code folded below its signatures."
     nb, cells, level = nbformat.read(path, as_version=4), [], 1
     for cell in nb.cells:
         public = module and exports(cell)
         directives, cell.source = split_directives(cell.source)
-        if cell.cell_type == "raw" or any(d in HIDDEN or d.split()[0] in HIDDEN for d in directives if d): continue
+        if cell.cell_type == "raw" or hidden(directives): continue
         if cell.cell_type == "markdown":
             level = len(([m[1] for m in HEADING.finditer(cell.source)] or ["#" * level])[-1])
             cell.source = cross_link(relink(cell.source, path.parent))
@@ -132,12 +153,13 @@ def page(path: Path, module=None) -> nbformat.NotebookNode:
             if not cell.source.strip() and not cell.outputs: continue
         cells.append(cell)
     nb.cells = cells
-    nb.metadata = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"), language_info=dict(name="python"))
+    kernel = dict(name="python3", display_name="Python 3", language="python")
+    nb.metadata = dict(kernelspec=kernel, language_info=dict(name="python"))
     return nb
 
 
 def write(nb: nbformat.NotebookNode, name: str):
-    "Put a page among the sources of Sphinx."
+    "Write a page to the sources of Sphinx."
     path = OUT / name
     path.parent.mkdir(parents=True, exist_ok=True)
     for k, cell in enumerate(nb.cells): cell["id"] = f"c{k}"
@@ -153,42 +175,46 @@ def title(path: Path) -> tuple:
 # ---- results ----
 
 def command(stage: str, profile: str, dataset: str) -> str:
-    "The command that makes a result of a run; what is no stage is a notebook to be run by hand."
-    kept = [p for kind in ("results", "figures") if (p := ROOT / kind / profile / dataset / f"{stage}.provenance.json").exists()]
-    if stage in STAGES: return command_of(Run(**read_json(kept[0])["parameters"]) if kept else Run(profile, dataset), "reproduce")
-    return f"papermill nbs/experiments/{stage}.ipynb out.ipynb -p profile {profile} -p dataset {dataset}"
+    "The command that makes a result of a run: `histodiffusion reproduce` for a stage, else papermill."
+    if stage not in STAGES:
+        return f"papermill nbs/experiments/{stage}.ipynb out.ipynb -y 'run: {{profile: {profile}, dataset: {dataset}}}'"
+    records = [ROOT / kind / profile / dataset / f"{stage}.provenance.json" for kind in ("results", "figures")]
+    kept = next((read_json(p)["parameters"] for p in records if p.exists()), dict(profile=profile, dataset=dataset))
+    return command_of(Run(**kept), "reproduce")
 
 
 def runs() -> list:
-    "(profile, data set) of the results that are kept."
+    "(profile, data set) of the results in the repository."
     return [(p.parent.name, p.name) for p in sorted((ROOT / "results").glob("*/*")) if p.is_dir()
             and p.parent.name not in ("artefacts", "audit", "logs", "bench", "smoke")]
 
 
 def stage_of(name: str) -> str:
-    "The stage, or notebook, that makes a table or figure."
-    return DRAWN_BY.get(name, name)
+    "The stage or notebook that makes a table or figure."
+    return FROM_STAGE.get(name, name)
 
 
-def said(folder: Path, stage: str) -> str:
-    "Commit, date, seeds and time of a result, in a line."
+def origin(folder: Path, stage: str) -> str:
+    "Commit, date and seeds of a result, in one line."
     path = folder / f"{stage}.provenance.json"
     if not path.exists(): return ""
     p = read_json(path)
     seeds = f", seeds {', '.join(map(str, p['seeds']))}" if p.get("seeds") else ""
     commit = p.get("commit") or "unknown"
-    return f"Commit [`{commit[:10]}`](https://github.com/histodiffusion/histodiffusion/commit/{commit}), {p['date'][:10]}{seeds}."
+    link = f"https://github.com/histodiffusion/histodiffusion/commit/{commit}"
+    return f"Commit [`{commit[:10]}`]({link}), {p['date'][:10]}{seeds}."
 
 
 def results_of(stage: str) -> list:
-    "Tables and figures of an experiment in every run that is kept, as cells of text."
+    "Tables and figures of an experiment for every run in the repository, as Markdown cells."
     cells = []
     for profile, dataset in runs():
         tables, figures = (ROOT / kind / profile / dataset for kind in ("results", "figures"))
         found = [p for p in sorted(tables.glob("*.md")) if stage_of(p.stem) == stage and not p.stem.endswith("_seeds")]
         drawn = [p for p in sorted(figures.glob("*.svg")) if stage_of(p.stem) == stage]
         if not found and not drawn: continue
-        text = [f"## {dataset}, profile `{profile}`", said(tables, stage) + f" Made by `{command(stage, profile, dataset)}`."]
+        made = f"{origin(tables, stage)} Made by `{command(stage, profile, dataset)}`."
+        text = [f"## {dataset}, profile `{profile}`", made.strip()]
         text += [picture(p, f"{p.stem} of {dataset}") for p in drawn]
         text += [":::{container} wide\n" + p.read_text(encoding="utf-8").strip() + "\n:::" for p in found]
         cells.append(new_markdown_cell("\n\n".join(text)))
@@ -196,7 +222,7 @@ def results_of(stage: str) -> list:
 
 
 def picture(path: Path, words: str) -> str:
-    "A figure, copied among the sources."
+    "Markdown of a figure, which is copied to the sources."
     place = OUT / "pictures" / "-".join(path.relative_to(ROOT / "figures").parts)
     place.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(path, place)
@@ -206,30 +232,52 @@ def picture(path: Path, words: str) -> str:
 # ---- pages made from data ----
 
 def toctree(names: list, caption: str = "") -> str:
-    "An entry of the navigation."
+    "Pages in the navigation, under a caption."
     return "\n".join(["```{toctree}", ":hidden:", *([f":caption: {caption}"] if caption else []), "", *names, "```"])
 
 
-def overview(folder: str, heading: str, words: str) -> list:
-    "Names of a folder's pages; writes the page that lists them."
+def rows_of(paths: list, home: str) -> str:
+    "Table of notebooks with their descriptions; links are relative to the folder `home`."
+    rows = [(*title(p), p.relative_to(NBS / home)) for p in paths]
+    return "| | |\n|---|---|\n" + "\n".join(f"| [{name}]({path}) | {cross_link(what)} |" for name, what, path in rows)
+
+
+def overview(folder: str) -> list:
+    "Notebooks of a folder; writes the page that lists them."
+    heading, words = SECTIONS[folder]
     paths = sorted((NBS / folder).glob("*.ipynb"))
-    rows = []
-    for p in paths:
-        name, what = title(p)
-        rows.append(f"| [{name}]({folder}/{p.name}) | {cross_link(what)} |")
-    text = f"# {heading}\n\n{words}\n\n| | |\n|---|---|\n" + "\n".join(rows) + "\n\n" + toctree([f"{folder}/{p.stem}" for p in paths])
-    (OUT / f"{folder}.md").write_text(text + "\n", encoding="utf-8")
+    text = [f"# {heading}", words, rows_of(paths, "."), toctree([f"{folder}/{p.stem}" for p in paths])]
+    (OUT / f"{folder}.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     return paths
 
 
+def library_pages() -> list:
+    "Names of the library's pages for the navigation; writes the overview and a page for each wing."
+    home, names = NBS / "library", ["library", "library/00_core"]
+    text = ["# Library", LIBRARY, "## Core", rows_of([home / "00_core.ipynb"], ".")]
+    (OUT / "library").mkdir()
+    for wing, (heading, words) in WINGS.items():
+        paths, words = sorted((home / wing).glob("*.ipynb")), cross_link(words)
+        text += [f"## {heading}", words, rows_of(paths, ".")]
+        page_of_wing = [f"# {heading}", words, rows_of(paths, "library"), toctree([f"{wing}/{p.stem}" for p in paths])]
+        (OUT / "library" / f"{wing}.md").write_text("\n\n".join(page_of_wing) + "\n", encoding="utf-8")
+        names.append(f"library/{wing}")
+    (OUT / "library.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    for path in sorted(home.rglob("*.ipynb")): write(page(path, module_of(path)), str(path.relative_to(NBS)))
+    return names
+
+
 def data_page() -> str:
-    "The registry as a page."
-    text = ["# Data sets", "What the registry knows; `histodiffusion data list` says which are here. A set is fetched from its publisher, "
-            "licence first, and verified; any folder of your own is a set too: `folder:/path`."]
+    "The catalogue of data sets as a page."
+    text = ["# Data sets", "The data sets that the library knows by name; `histodiffusion data list` shows which are "
+            "on this machine. A data set is downloaded from its publisher after its licence is shown, and verified. Any "
+            "folder of images is a data set too: `folder:/path`."]
     for name, d in REGISTRY.items():
         facts = {"Licence": f"[{d.licence}]({d.licence_url})" if d.licence_url else d.licence,
-                 "Published at": f"<{d.homepage}>" if d.homepage else "", "Images": f"{sum(d.counts):,}" if d.counts else "not checked",
-                 "Classes": ", ".join(d.classes) if d.labelled else "unlabelled use", "Colour": "grey" if d.channels == 1 else "RGB",
+                 "Published at": f"<{d.homepage}>" if d.homepage else "",
+                 "Images": f"{sum(d.counts):,}" if d.counts else "not checked",
+                 "Classes": ", ".join(d.classes) if d.labelled else "used without labels",
+                 "Colour": "grey" if d.channels == 1 else "RGB",
                  "Pixel": f"{d.pixel} μm" if d.pixel else "", "To cite": d.citation, "Note": d.note}
         rows = "\n".join(f"| {k} | {v} |" for k, v in facts.items() if v)
         text.append(f"## {d.title}\n\n`{name}`\n\n| | |\n|---|---|\n{rows}")
@@ -237,8 +285,8 @@ def data_page() -> str:
 
 
 def gallery_page() -> str:
-    "All figures that are kept, each with the notebook and the command that made it."
-    text = ["# Gallery", "Every figure that is kept in the repository, with the notebook and the command that drew it."]
+    "All figures in the repository, each with its notebook and command."
+    text = ["# Gallery", "Every figure in the repository, with the notebook and the command that made it."]
     groups = defaultdict(list)
     for p in sorted((ROOT / "figures").glob("**/*.svg")):
         where = p.parent.relative_to(ROOT / "figures")
@@ -256,7 +304,7 @@ def gallery_page() -> str:
 
 
 def cards_page():
-    "Write a page for each model card, and one that lists them."
+    "Write a page for each model card, and a page that lists them."
     cards = sorted((ROOT / "results" / "weights").glob("*/README.md"))
     rows = []
     for p in cards:
@@ -264,14 +312,14 @@ def cards_page():
         (OUT / f"weights-{p.parent.name}.md").write_text(text, encoding="utf-8")
         rows.append(f"| [{p.parent.name}](weights-{p.parent.name}.md) | {text.split(chr(10) * 2)[1]} |")
     names = [f"weights-{p.parent.name}" for p in cards]
-    words = "Priors that the project publishes, and what is known of each. [Sampling from published weights]" \
-            "(tutorials/04_published_weights.ipynb) shows them at work."
-    (OUT / "weights.md").write_text(f"# Model cards\n\n{words}\n\n| weights | what they are |\n|---|---|\n" + "\n".join(rows)
-                                    + "\n\n" + toctree(names) + "\n", encoding="utf-8")
+    words = "The published priors, and what is known about each. [Sampling from published weights]" \
+            "(tutorials/04_published_weights.ipynb) shows how to use them."
+    text = ["# Model cards", words, "| weights | description |\n|---|---|\n" + "\n".join(rows), toctree(names)]
+    (OUT / "weights.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
 
 
 def file_page(name: str) -> str:
-    "A text of the repository as a page."
+    "A text file of the repository as a page."
     path = ROOT / name
     return cross_link(relink(path.read_text(encoding="utf-8"), path.parent))
 
@@ -281,13 +329,15 @@ def cite_page() -> str:
     return "# How to cite\n\n```yaml\n" + (ROOT / "CITATION.cff").read_text(encoding="utf-8").strip() + "\n```\n"
 
 
-# ---- the whole ----
+# ---- the whole site ----
 
 SECTIONS = dict(
     tutorials=("Tutorials", "Each runs on a CPU in minutes."),
-    library=("Library", "One notebook for each component, in the order of the data; each explains, defines and tests one module."),
-    experiments=("Experiments", "One notebook for each stage, table and figure, for papermill; a page here shows what was kept of a run."),
+    experiments=("Experiments", "One notebook for each stage, table and figure, run by papermill. Each page also shows "
+                 "the results in the repository."),
 )
+LIBRARY = "One notebook for each component explains, defines and tests one module. The wings follow the order of the " \
+          "data, and each imports only from those before it."
 
 
 def stage():
@@ -295,32 +345,33 @@ def stage():
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
     shutil.copytree(ROOT / "docs" / "_static", OUT / "_static")
-    sections = [s for s in SECTIONS if list((NBS / s).glob("*.ipynb"))]
-    for folder in sections:
-        for path in overview(folder, *SECTIONS[folder]):
-            module = module_of(path) if folder == "library" else None
-            nb = page(path, module)
+    for folder in SECTIONS:
+        for path in overview(folder):
+            nb = page(path)
             if folder == "experiments": nb.cells += results_of(path.stem)
             write(nb, f"{folder}/{path.name}")
+    library = library_pages()
     texts = dict(data=data_page(), gallery=gallery_page(), results=file_page("results/README.md"), cite=cite_page(),
                  contributing=file_page("CONTRIBUTING.md"), changelog=file_page("CHANGELOG.md"))
     for name, text in texts.items(): (OUT / f"{name}.md").write_text(text, encoding="utf-8")
     cards_page()
     home = page(NBS / "index.ipynb")
-    more = [p.stem for p in sorted(NBS.glob("*.ipynb")) if p.stem != "index"]
+    more = [p.stem for p in sorted(NBS.glob("*.ipynb"), reverse=True) if p.stem != "index"]
     for name in more: write(page(NBS / f"{name}.ipynb"), f"{name}.ipynb")
     home.cells.append(new_markdown_cell("\n\n".join([
-        toctree([*more, *sections], "Read"), toctree(["results", "gallery", "weights", "data"], "Results"),
+        toctree([*more, *SECTIONS], "Read"), toctree(library, "Library"),
+        toctree(["results", "gallery", "weights", "data"], "Results"),
         toctree(["cite", "contributing", "changelog"], "Project")])))
     write(home, "index.ipynb")
 
 
 def main() -> int:
-    "Build the site and say where it lies."
+    "Build the site and print its path."
     stage()
     html = OUT / "_build" / "html"
-    options = ["-q", "-W", "--keep-going", "-j", "2", "-b", "html", "-c", str(ROOT / "docs"), "-d", str(OUT / "_build" / "trees")]
-    if code := build_main([*options, str(OUT), str(html)]): return code
+    options = ["-q", "-W", "--keep-going", "-j", "2", "-b", "html"]
+    folders = ["-c", str(ROOT / "docs"), "-d", str(OUT / "_build" / "trees"), str(OUT), str(html)]
+    if code := build_main([*options, *folders]): return code
     shutil.rmtree(SITE, ignore_errors=True)
     html.rename(SITE)
     print(f"The site is in {SITE.relative_to(ROOT)}: open {SITE.relative_to(ROOT)}/index.html.")

@@ -1,4 +1,4 @@
-"""Sphinx configuration of the site; its pages are staged by `docs/build.py`."""
+"""Sphinx configuration of the site; `docs/build.py` writes the pages."""
 
 import importlib.metadata
 import sys
@@ -14,7 +14,7 @@ extensions = ["myst_nb", "mathml"]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath", "amsmath", "attrs_inline", "colon_fence"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # the outputs are those that the notebooks were committed with
+nb_execution_mode = "off"  # show the committed outputs
 nb_merge_streams = True
 html_math_renderer = "mathml"
 

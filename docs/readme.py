@@ -1,4 +1,4 @@
-"""Write README.md from nbs/index.ipynb, with neither Quarto nor a network."""
+"""Write README.md from nbs/index.ipynb, without Quarto or a network connection."""
 
 import re
 import sys
@@ -11,7 +11,7 @@ from traitlets.config import Config
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "nbs" / "index.ipynb"
 README = ROOT / "README.md"
-IMAGES = "figures/readme"  # pictures stored in the notebook's outputs go here
+IMAGES = "figures/readme"  # folder for images in the notebook's outputs
 NOTE = "<!-- Written from nbs/index.ipynb by `make readme`: edit the notebook, not this file. -->\n\n"
 
 DIRECTIVE = re.compile(r"^\s*#\|\s*(.*?)\s*$")
@@ -20,7 +20,7 @@ LINK = re.compile(r"""(\]\(|\b(?:src|href)=["'])(?![a-z][a-z+.-]*:|[/#])([^)"'\s
 
 
 def split_directives(source: str) -> tuple[list[str], str]:
-    "The nbdev directives that a cell opens with, and the rest of its source."
+    "The nbdev directives at the top of a cell, and the rest of its source."
     lines, directives = source.splitlines(), []
     while lines and (match := DIRECTIVE.match(lines[0])):
         directives.append(match[1])
@@ -28,8 +28,13 @@ def split_directives(source: str) -> tuple[list[str], str]:
     return directives, "\n".join(lines).strip("\n")
 
 
+def hidden(directives: list[str]) -> bool:
+    "Whether a cell with these directives is left out of README and site."
+    return any(d in HIDDEN or d.split()[0] in HIDDEN for d in directives if d)
+
+
 def rebase(match: re.Match) -> str:
-    "A link relative to nbs/, made relative to the repository's root."
+    "Turn a link relative to nbs/ into one relative to the repository's root."
     path = Path("nbs", match[2])
     parts = []
     for part in path.parts:
@@ -41,12 +46,11 @@ def rebase(match: re.Match) -> str:
 
 
 def prepare(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    "Drop hidden cells, directives and progress output; point links at the repository's root."
+    "Drop hidden cells, directives and progress output; rebase links."
     kept = []
     for cell in nb.cells:
         directives, cell.source = split_directives(cell.source)
-        hidden = any(d in HIDDEN or d.split()[0] in HIDDEN for d in directives if d)
-        if hidden or cell.cell_type == "raw":
+        if hidden(directives) or cell.cell_type == "raw":
             continue
         if cell.cell_type == "markdown":
             cell.source = LINK.sub(rebase, cell.source)
@@ -58,12 +62,12 @@ def prepare(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
                 cell.source = ""
         kept.append(cell)
     nb.cells = kept
-    nb.metadata["language_info"] = {"name": "python"}  # nbdev-clean drops it; it names the language of code blocks
+    nb.metadata["language_info"] = {"name": "python"}  # language of the code blocks; nbdev-clean drops it
     return nb
 
 
 def main() -> int:
-    "Write the README and say so."
+    "Write the README and print its path."
     if not NOTEBOOK.exists():
         print(f"{NOTEBOOK.relative_to(ROOT)} is missing: README.md is written from it", file=sys.stderr)
         return 1
@@ -74,8 +78,8 @@ def main() -> int:
     exporter = MarkdownExporter(config=config)
     nb = prepare(nbformat.read(NOTEBOOK, as_version=4))
     body, resources = exporter.from_notebook_node(nb, resources={"output_files_dir": IMAGES})
-    body = re.sub(r"<style.*?</style>\n?", "", body, flags=re.DOTALL)  # GitHub would print it
-    body = re.sub(r"```python\n\s*```\n", "", body)  # what `echo: false` leaves
+    body = re.sub(r"<style.*?</style>\n?", "", body, flags=re.DOTALL)  # GitHub would show it as text
+    body = re.sub(r"```python\n\s*```\n", "", body)  # empty blocks left by `echo: false`
     body = re.sub(r"[ \t]+$", "", body, flags=re.MULTILINE)
     body = re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
     for name, data in resources.get("outputs", {}).items():

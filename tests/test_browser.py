@@ -1,4 +1,4 @@
-"""The site and JupyterLab in a real browser: `make test-browser`. Skipped where there is no Chromium or no built site."""
+"""The site and JupyterLab in a real browser: `make test-browser`. Skipped without Chromium or without a built site."""
 
 import functools
 import os
@@ -44,7 +44,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def pages():
     if not (SITE / "index.html").is_file():
-        pytest.skip("there is no site in _site: run make docs")
+        pytest.skip("no site in _site: run make docs")
     return {p: Page(p) for p in SITE.rglob("*.html") if "_static" not in p.parts}
 
 
@@ -64,7 +64,7 @@ def browser():
 def address(pages):
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args):
-            "Say nothing."
+            "Log nothing."
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=SITE))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -86,7 +86,7 @@ def tab(browser):
     context.close()
 
 
-def test_every_link_leads_somewhere(pages):
+def test_every_link_has_a_target(pages):
     broken = []
     for path, page in pages.items():
         for link in page.links:
@@ -101,7 +101,7 @@ def test_every_link_leads_somewhere(pages):
     assert not broken
 
 
-def test_nothing_is_fetched_from_elsewhere(pages):
+def test_nothing_is_downloaded_from_other_hosts(pages):
     assert not [(p.name, f) for p, page in pages.items() for f in page.fetched if urlsplit(f).netloc]
 
 
@@ -120,8 +120,8 @@ def test_search_finds_guidance(address, tab):
     assert any("Sampling" in t for t in titles)
 
 
-def test_equations_are_drawn(address, tab):
-    for page in ("method.html", "library/15_sampling.html"):
+def test_equations_are_rendered(address, tab):
+    for page in ("method.html", "library/models/09_sampling.html"):
         tab.goto(f"{address}/{page}")
         boxes = [e.bounding_box() for e in tab.locator("math").all()]
         assert len(boxes) > 2 and all(b and b["width"] > 4 and b["height"] > 4 for b in boxes)
@@ -140,7 +140,8 @@ def test_dark_mode(address, tab):
     assert shade() < 200 < light
 
 
-@pytest.mark.parametrize("name", ["index.html", "method.html", "library/16_selection.html", "experiments/table_1.html", "gallery.html"])
+@pytest.mark.parametrize("name", ["index.html", "method.html", "library.html", "library/measure/01_selection.html",
+                                  "experiments/table_1.html", "gallery.html"])  # fmt: skip
 def test_fits_a_phone(address, tab, name):
     tab.set_viewport_size(dict(width=390, height=800))
     tab.goto(f"{address}/{name}")
@@ -150,11 +151,13 @@ def test_fits_a_phone(address, tab, name):
 @pytest.fixture
 def lab(tmp_path):
     log = open(tmp_path / "lab.log", "w+")
-    env = os.environ | dict(HISTODIFFUSION_RESULTS_PATH=str(tmp_path / "results"), HISTODIFFUSION_FIGURES_PATH=str(tmp_path / "figures"),
-                            JUPYTER_CONFIG_DIR=str(tmp_path / "config"), JUPYTER_DATA_DIR=str(tmp_path / "data"))  # fmt: skip
+    folders = dict(HISTODIFFUSION_RESULTS_PATH="results", HISTODIFFUSION_FIGURES_PATH="figures",
+                   JUPYTER_CONFIG_DIR="config", JUPYTER_DATA_DIR="data")  # fmt: skip
+    env = os.environ | {name: str(tmp_path / folder) for name, folder in folders.items()}
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns("library", "experiments"))
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--port=0", "--IdentityProvider.token=", "--allow-root",
-               "--expose-app-in-browser", "--ServerApp.open_browser=False", f"--ServerApp.root_dir={tmp_path / 'nbs'}"]  # fmt: skip
+    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--port=0", "--IdentityProvider.token=",
+               "--allow-root", "--expose-app-in-browser", "--ServerApp.open_browser=False",
+               f"--ServerApp.root_dir={tmp_path / 'nbs'}"]  # fmt: skip
     process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
     for _ in range(120):
         time.sleep(0.5)
@@ -170,14 +173,16 @@ def test_start_notebook_and_explorer(lab, tab):
     pytest.importorskip("jupyterlab")
     tab.goto(f"{lab}/lab/tree/start.ipynb")
     tab.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-    tab.wait_for_function("/Python 3.*Idle/.test(document.querySelector('#jp-main-statusbar')?.innerText)", timeout=90_000)
+    idle = "/Python 3.*Idle/.test(document.querySelector('#jp-main-statusbar')?.innerText)"
+    tab.wait_for_function(idle, timeout=90_000)
     tab.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
-    tab.wait_for_function("document.querySelector('.widget-html table') && document.body.innerText.includes(' stay. Below each')",
-                          timeout=400_000)  # fmt: skip
-    assert not tab.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] >> text=Error").count()
+    drawn = "document.querySelector('.widget-html table') && document.body.innerText.includes('Below each')"
+    tab.wait_for_function(drawn, timeout=400_000)
+    stderr = ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']"
+    assert not tab.locator(f"{stderr} >> text=Error").count()
 
     def picture():
-        return tab.locator(".widget-html-content").filter(has_text="stay. Below each").first.inner_html()
+        return tab.locator(".widget-html-content").filter(has_text="Below each").first.inner_html()
 
     before = picture()
     handle = tab.locator(".widget-slider .noUi-handle").first  # of the guidance scale
@@ -189,7 +194,7 @@ def test_start_notebook_and_explorer(lab, tab):
         try:
             after = picture()
         except Exception:
-            continue  # a new row is on its way
+            continue  # a new row is being drawn
         if after != before:
             break
     assert after != before and after.count("<img") == before.count("<img")

@@ -103,3 +103,8 @@ def test_readme_is_written_from_its_notebook(tmp_path):
         shutil.copy(ROOT / name, tmp_path / name)
     subprocess.run([sys.executable, "docs/readme.py"], cwd=tmp_path, check=True, capture_output=True)
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+
+
+def test_contributing_shows_the_notebook_statistics():
+    printed = subprocess.run([sys.executable, "tools/notebook_stats.py"], cwd=ROOT, check=True, capture_output=True)
+    assert printed.stdout.decode().strip() in (ROOT / "CONTRIBUTING.md").read_text()
