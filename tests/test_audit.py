@@ -7,16 +7,16 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from histodiffusion.data import copies as audit
-from histodiffusion.data.copies import audit_pair, audit_set, find_overlap, scan_set
-from histodiffusion.data.leakage import leakage
-from histodiffusion.data.catalogue import may_show
 from histodiffusion.app.cli import main
 from histodiffusion.core import HistoDiffusionError, load_settings
+from histodiffusion.data import copies as audit
+from histodiffusion.data.catalogue import may_show
+from histodiffusion.data.copies import audit_pair, audit_set, find_overlap, scan_set
+from histodiffusion.data.leakage import leakage
 from histodiffusion.data.patches import load_patches, split_patches
 from histodiffusion.data.phantom import phantom_patches
-from histodiffusion.study.run import Run
 from histodiffusion.study.artefacts import check_leakage
+from histodiffusion.study.run import Run
 
 mirror = load_settings().data_mirror
 needs_mirror = pytest.mark.skipif(

@@ -22,18 +22,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from histodiffusion.data import archives, download, fetch
 from histodiffusion.app.cli import main
 from histodiffusion.core import HistoDiffusionError, load_settings
-from histodiffusion.data.patches import dataset_fingerprint, dataset_folder
-from histodiffusion.data.catalogue import group_of
-from histodiffusion.data.patches import load_patches, read_image, read_patchcamelyon
+from histodiffusion.data import archives, download, fetch
 from histodiffusion.data.archives import UnfinishedError, unpack_archive
+from histodiffusion.data.catalogue import REGISTRY, RemoteFile, group_of
 from histodiffusion.data.download import download_file, read_ledger
-from histodiffusion.data.packed import read_h5
-from histodiffusion.data.phantom import PHANTOM_CLASSES, phantom_patches
-from histodiffusion.data.catalogue import REGISTRY, RemoteFile
 from histodiffusion.data.fetch import describe_dataset, fetch_dataset, list_datasets, verify_dataset
+from histodiffusion.data.packed import read_h5
+from histodiffusion.data.patches import (
+    dataset_fingerprint,
+    dataset_folder,
+    load_patches,
+    read_image,
+    read_patchcamelyon,
+)
+from histodiffusion.data.phantom import PHANTOM_CLASSES, phantom_patches
 
 MIRROR = load_settings().data_mirror
 BODY = random.Random(0).randbytes(600_000)

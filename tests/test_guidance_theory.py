@@ -16,10 +16,24 @@ import pytest
 import torch
 
 from histodiffusion.models.diffusion import noise_schedule
-from histodiffusion.models.sampling import (
-    SCHEDULERS, Rejection, SamplingConfig, alpha_bar_at, calibrate_rejection, draw_latents, guided_sample, make_scheduler)
-from histodiffusion.models.guidance import ClassifierFreeGuidance, ClassifierGuidance, Guidance, class_gradient, guided_noise
+from histodiffusion.models.guidance import (
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    Guidance,
+    class_gradient,
+    guided_noise,
+)
 from histodiffusion.models.mixture import GaussianMixture, MixtureClassifier
+from histodiffusion.models.sampling import (
+    SCHEDULERS,
+    Rejection,
+    SamplingConfig,
+    alpha_bar_at,
+    calibrate_rejection,
+    draw_latents,
+    guided_sample,
+    make_scheduler,
+)
 
 CASES = [("ddim", 0.0), ("ddim", 1.0), *((name, 0.0) for name in SCHEDULERS if name != "ddim")]
 KINDS = ("epsilon", "v_prediction")

@@ -14,8 +14,13 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from histodiffusion.core import HistoDiffusionError
+from histodiffusion.measure.image_metrics import (
+    frechet_distance,
+    image_quality,
+    kernel_distance,
+    precision_recall_density_coverage,
+)
 from histodiffusion.models.encoders import encode_images, encoder_names, load_encoder
-from histodiffusion.measure.image_metrics import frechet_distance, image_quality, kernel_distance, precision_recall_density_coverage
 
 
 class PassOn(torch.nn.Module):

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from histodiffusion.data.leakage import leakage, split_groups
 from histodiffusion.app.cli import main
 from histodiffusion.core import HistoDiffusionError
+from histodiffusion.data.leakage import leakage, split_groups
 from histodiffusion.data.patches import dataset_fingerprint, load_patches, packed_dataset, split_patches
-from histodiffusion.data.pool import unlabelled_pool
 from histodiffusion.data.phantom import phantom_patches
+from histodiffusion.data.pool import unlabelled_pool
 
 
 @pytest.fixture

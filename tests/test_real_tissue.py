@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from histodiffusion.core import HistoDiffusionError, load_settings
-from histodiffusion.data.pool import default_pretraining, unlabelled_pool
 from histodiffusion.data.patches import labelled_fraction, load_patches, split_patches
+from histodiffusion.data.pool import default_pretraining, unlabelled_pool
 
 mirror = load_settings().data_mirror
 needs_mirror = pytest.mark.skipif(

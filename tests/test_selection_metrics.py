@@ -11,12 +11,27 @@ from sklearn.metrics import f1_score
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from histodiffusion.core import HistoDiffusionError
+from histodiffusion.core import HistoDiffusionError, write_table
 from histodiffusion.measure.figures import figure_2, save_figure
-from histodiffusion.measure.statistics import TABLE_COLUMNS, classification_metrics, gain_interval, holm, mcnemar, paired_interval, summarise_methods
 from histodiffusion.measure.image_metrics import frechet_distance, near_copies
-from histodiffusion.core import write_table
-from histodiffusion.measure.selection import RULES, centroid_rule, class_centroids, class_spacing, select_patches, selection_report, unit_features
+from histodiffusion.measure.selection import (
+    RULES,
+    centroid_rule,
+    class_centroids,
+    class_spacing,
+    select_patches,
+    selection_report,
+    unit_features,
+)
+from histodiffusion.measure.statistics import (
+    TABLE_COLUMNS,
+    classification_metrics,
+    gain_interval,
+    holm,
+    mcnemar,
+    paired_interval,
+    summarise_methods,
+)
 
 
 def clouds(n, classes=4, dim=8, seed=0, spread=.4):

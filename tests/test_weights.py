@@ -6,15 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from histodiffusion.data.catalogue import may_show
-from histodiffusion.core import HistoDiffusionError, hash_file, read_json
 from histodiffusion.app.reproduce import plan
-from histodiffusion.study.stages import PRIOR_STAGES
-from histodiffusion.study.stages import STAGES, upstream_of
-from histodiffusion.study.run import Run
-from histodiffusion.study.artefacts import remove_stage
-from histodiffusion.models.sampling import load_pipeline
 from histodiffusion.app.share import load_prior
+from histodiffusion.core import HistoDiffusionError, hash_file, read_json
+from histodiffusion.data.catalogue import may_show
+from histodiffusion.models.sampling import load_pipeline
+from histodiffusion.study.artefacts import remove_stage
+from histodiffusion.study.run import Run
+from histodiffusion.study.stages import PRIOR_STAGES, STAGES, upstream_of
 from histodiffusion.study.steps import diffusion, pretraining_data
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "results" / "weights"

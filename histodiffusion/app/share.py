@@ -7,7 +7,7 @@ __all__ = ['synthetic_metadata', 'croissant_metadata', 'export_synthetic', 'publ
 
 # %% ../../nbs/library/app/01_share.ipynb #d7b48df2
 import shutil
-from datetime import datetime, timezone
+from datetime import datetime, UTC
 from importlib.resources import files
 from pathlib import Path
 
@@ -92,7 +92,7 @@ def croissant_metadata(
                             fields=_croissant_fields(mlc, csv))
     return mlc.Metadata(name=name, description=description, license=licence, version="1.0.0", distribution=[table],
                         url="https://github.com/histodiffusion/histodiffusion", record_sets=[records],
-                        date_published=datetime.now(timezone.utc), creators=[mlc.Organization(name=us)],
+                        date_published=datetime.now(UTC), creators=[mlc.Organization(name=us)],
                         cite_as=f"{us}. HistoDiffusion.").to_json()
 
 def _croissant_fields(mlc, csv):

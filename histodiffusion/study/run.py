@@ -18,7 +18,7 @@ from ..data.catalogue import REGISTRY
 from ..data.patches import dataset_channels, dataset_fingerprint, parse_phantom
 from ..data.pool import default_pretraining
 from .prior import is_published, published_prior, settings_of_prior
-from .profiles import Profile, get_profile
+from .profiles import get_profile
 from .stages import STAGES
 
 # %% ../../nbs/library/study/04_run.ipynb #54ad8aa7
