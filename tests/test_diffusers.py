@@ -17,7 +17,8 @@ from diffusers import AutoencoderDC, DiffusionPipeline, UNet2DModel
 folder = sys.argv[1]
 pipe = DiffusionPipeline.from_pretrained(folder)
 image = pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
-unet, vae = UNet2DModel.from_pretrained(folder, subfolder="unet"), AutoencoderDC.from_pretrained(folder, subfolder="vqvae")
+unet = UNet2DModel.from_pretrained(folder, subfolder="unet")
+vae = AutoencoderDC.from_pretrained(folder, subfolder="vqvae")
 print(json.dumps(dict(pipe=type(pipe).__name__, size=image.size, mode=image.mode, scale=vae.config.scaling_factor,
                       unet=float(sum(p.double().abs().sum() for p in unet.parameters())),
                       ours=any(m.startswith("histodiffusion.") for m in sys.modules))))
@@ -29,7 +30,9 @@ def test_plain_diffusers_loads_and_samples(tmp_path):
     unet = build_unet(8, widths=(16, 32), attention=(False, True))
     guide = LatentClassifier(unet, 3)
     save_pipeline(tmp_path, build_autoencoder(1, (16, 16), 4, 1), unet, guide)
-    done = subprocess.run([sys.executable, "-c", PLAIN, str(tmp_path)], capture_output=True, text=True, check=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(tmp_path)], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
     found = json.loads(done.stdout.splitlines()[-1])
     weights = float(sum(p.detach().double().abs().sum() for p in unet.parameters()))
     assert found["pipe"] == "LDMPipeline" and found["size"] == [32, 32] and found["scale"] == 1

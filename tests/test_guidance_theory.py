@@ -5,7 +5,8 @@ At scale 1 guided sampling must give each class's own distribution. Tolerances c
 - sampling: with n samples of a class a mean has standard error sqrt(S_ii/n), a covariance sqrt((S_ii S_jj + S_ij^2)/n);
   4.5 of them are allowed, which 20 correct numbers exceed together about once in 7,000 runs (and the seed is fixed);
 - discretisation: `shrinkage` computes, for each scheduler and number of steps, how much of a Gaussian's variance the
-  unguided sampler keeps. It uses the scheduler's own coefficients, or for ancestral ones their recursion, and no guidance.
+  unguided sampler keeps. It uses the scheduler's own coefficients, or for ancestral ones their recursion, and no
+  guidance.
   Its largest departure over the classes' variances, times S, is added to a covariance's tolerance.
 """
 
@@ -16,14 +17,6 @@ import pytest
 import torch
 
 from histodiffusion.models.diffusion import noise_schedule
-from histodiffusion.models.guidance import (
-    ClassifierFreeGuidance,
-    ClassifierGuidance,
-    Guidance,
-    class_gradient,
-    guided_noise,
-)
-from histodiffusion.models.mixture import GaussianMixture, MixtureClassifier
 from histodiffusion.models.sampling import (
     SCHEDULERS,
     Rejection,
@@ -34,6 +27,14 @@ from histodiffusion.models.sampling import (
     guided_sample,
     make_scheduler,
 )
+from histodiffusion.models.guidance import (
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    Guidance,
+    class_gradient,
+    guided_noise,
+)
+from histodiffusion.models.mixture import GaussianMixture, MixtureClassifier
 
 CASES = [("ddim", 0.0), ("ddim", 1.0), *((name, 0.0) for name in SCHEDULERS if name != "ddim")]
 KINDS = ("epsilon", "v_prediction")
@@ -67,12 +68,17 @@ def shrinkage(name, eta, steps, variance):
 def deviations(guidance, name, eta, kind="epsilon", steps=STEPS, per_class=1300, sharp=False):
     """Largest error of the guided means and covariances, in units of their tolerance: above 1 is a failure.
 
-    Against the truth, discretisation widens the tolerance; `sharp` puts it into the expectation instead: along an axis of
-    variance v the sampler keeps shrinkage(v) v, exactly. A mean is off by at most sqrt(abar_T) = 0.015 times itself,
+    Against the truth, discretisation widens the tolerance; `sharp` puts it into the expectation instead: along an axis
+    of variance v the sampler keeps shrinkage(v) v, exactly. A mean is off by at most sqrt(abar_T) = 0.015 times itself,
     because sampling starts at mean 0; 0.02 is allowed for it.
     """
     net, labels, worst = world(kind), np.repeat(np.arange(3), per_class), 0.0
-    z = guided_sample(net, labels, guidance, SamplingConfig(name, steps, eta, 3, prediction=kind)).flatten(1).double().numpy()
+    z = (
+        guided_sample(net, labels, guidance, SamplingConfig(name, steps, eta, 3, prediction=kind))
+        .flatten(1)
+        .double()
+        .numpy()
+    )
     for k, (mean, cov) in enumerate(zip(MEANS, COVARIANCES)):
         own, (variances, axes) = z[labels == k], np.linalg.eigh(cov)
         left = np.array([shrinkage(name, eta, steps, v) for v in variances])
@@ -147,7 +153,7 @@ def trajectories_apart(guidance, name, eta, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name,eta", CASES)
 def test_guided_samples_are_those_of_the_class_itself_and_one_time_of_a_thousand_shows(name, eta, kind):
-    # One time of 1000 moves moments by less than 4,000 samples can show. Sample by sample it is plain: float32 leaves 1e-5.
+    # One time of 1000 shifts moments by less than 4,000 samples can show; sample by sample float32 leaves only 1e-5.
     assert trajectories_apart(ClassifierGuidance(MixtureClassifier(world()), 1.0), name, eta, kind) < 2e-4
     for fault in ("wrong sign", "no root", "next step", "next time"):
         assert trajectories_apart(faulty(fault, name, 15, kind), name, eta, kind) > 2e-3, fault
@@ -156,12 +162,17 @@ def test_guided_samples_are_those_of_the_class_itself_and_one_time_of_a_thousand
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_guided_prediction_is_the_class_conditional_one_at_every_noise_level(kind):
     net, y = world(kind), torch.arange(30) % 3
-    x, scheduler = torch.randn(30, 2, 1, 1, generator=torch.Generator().manual_seed(0)), make_scheduler("euler", prediction=kind)
+    x, scheduler = (
+        torch.randn(30, 2, 1, 1, generator=torch.Generator().manual_seed(0)),
+        make_scheduler("euler", prediction=kind),
+    )
     for t in (1, 20, 150, 400, 700.5, 950, 999):
         a = alpha_bar_at(scheduler, t)
         exact = net.conditional()(x, t, y).sample
-        tolerance = 1e-5 * max(1, float(exact.abs().max())) / (1 if kind == "epsilon" else a**0.5)  # as v holds eps/sqrt(abar)
-        assert (ClassifierGuidance(MixtureClassifier(net), 1.0)(net, x, t, y, a, kind)[0] - exact).abs().max() < tolerance
+        tolerance = 1e-5 * max(1, float(exact.abs().max())) / (1 if kind == "epsilon" else a**0.5)
+        assert (
+            ClassifierGuidance(MixtureClassifier(net), 1.0)(net, x, t, y, a, kind)[0] - exact
+        ).abs().max() < tolerance
         gradient, _ = class_gradient(MixtureClassifier(net), x, t - 1, y)
         late = guided_noise(net(x, t).sample, gradient, 1.0, a, kind)
         if t <= 700.5:  # above, the posterior hardly depends on the class at either time
@@ -176,7 +187,9 @@ def test_classifier_free_guidance_is_guidance_by_the_network_s_own_classifier(sc
     for t in (10, 300, 900):
         a = float(net.alphas_bar[t])
         free = ClassifierFreeGuidance(scale)(net.conditional(), x, t, y, a, kind)[0]
-        assert torch.allclose(free, ClassifierGuidance(MixtureClassifier(net), scale)(net, x, t, y, a, kind)[0], atol=1e-4, rtol=1e-4)
+        assert torch.allclose(
+            free, ClassifierGuidance(MixtureClassifier(net), scale)(net, x, t, y, a, kind)[0], atol=1e-4, rtol=1e-4
+        )
 
 
 def test_no_classifier_is_evaluated_outside_the_interval():

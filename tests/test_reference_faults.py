@@ -17,21 +17,23 @@ from sklearn.metrics import f1_score
 
 import histodiffusion.study.ablate as ablations
 import histodiffusion.study.steps as stages
-from histodiffusion.data.phantom import phantom_patches
-from histodiffusion.measure.selection import class_centroids
-from histodiffusion.measure.statistics import SEED_COLUMNS, TABLE_COLUMNS, classification_metrics, summarise_methods
 from histodiffusion.models.autoencoder import build_autoencoder, decode_latents, encode_patches, fold_deviation
 from histodiffusion.models.backbone import train_backbone
 from histodiffusion.models.diffusion import DiffusionLoss, LatentSampler, build_unet, noise_schedule
-from histodiffusion.models.guidance import ClassifierGuidance
 from histodiffusion.models.latent_classifier import LabelledLatents, LatentClassifier, classifier_loss
-from histodiffusion.models.sampling import SamplingConfig, guided_sample, make_scheduler, save_pipeline
-from histodiffusion.models.training import FitConfig, ema_decay, fit
+from histodiffusion.measure.statistics import SEED_COLUMNS, TABLE_COLUMNS, classification_metrics, summarise_methods
+from histodiffusion.data.phantom import phantom_patches
 from histodiffusion.study.stages import STAGES, upstream_of
+from histodiffusion.models.guidance import ClassifierGuidance
+from histodiffusion.models.sampling import SamplingConfig, guided_sample, make_scheduler, save_pipeline
+from histodiffusion.measure.selection import class_centroids
+from histodiffusion.models.training import FitConfig, ema_decay, fit
 
 ROOT = Path(__file__).resolve().parent.parent
 ABAR = np.cumprod(1 - np.linspace(0.0015, 0.0155, 1000))
-FUNCTIONS = {f.name: f for f in ast.parse(inspect.getsource(stages)).body if isinstance(f, ast.FunctionDef | ast.ClassDef)}
+FUNCTIONS = {
+    f.name: f for f in ast.parse(inspect.getsource(stages)).body if isinstance(f, ast.FunctionDef | ast.ClassDef)
+}
 
 
 def called(tree):
@@ -93,7 +95,7 @@ def test_classifier_gets_the_noise_level():
     classifier_loss(classifier, torch.Generator().manual_seed(0), latents, noise_schedule(), 400)
     noisy, t = trained[0]
     assert t.min() < 30 and t.max() > 970 and t.unique().numel() > 200
-    assert np.allclose(noisy.std((1, 2, 3)).numpy(), (1 - ABAR[t.long().numpy()]) ** 0.5, rtol=0.3)  # 256 values: 4.4 % each
+    assert np.allclose(noisy.std((1, 2, 3)).numpy(), (1 - ABAR[t.long().numpy()]) ** 0.5, rtol=0.3)  # 256 values
 
 
 def test_centroids_never_contain_synthetic_patches():
@@ -106,8 +108,8 @@ def test_centroids_never_contain_synthetic_patches():
                 used = {n.id for a in [*call.args, *call.keywords] for n in ast.walk(a) if isinstance(n, ast.Name)}
                 assert not used & tainted, f"{name} gives synthetic patches to {function}"
     assert found >= 2
-    for judged in ("real_only", "load_backbone"):  # the backbone whose features the centroids are of
-        assert "read_labelled" in reach(judged) and not reach(judged) & {"read_synthetic", "chosen_patches"}
+    for name in ("real_only", "load_backbone"):  # the backbone whose features the centroids are of
+        assert "read_labelled" in reach(name) and not reach(name) & {"read_synthetic", "chosen_patches"}
     real, labels = np.random.default_rng(0).normal(size=(40, 8)), np.arange(40) % 4
     assert (class_centroids(real, labels, 4) == class_centroids(real.copy(), labels, 4)).all()
     assert list(inspect.signature(class_centroids).parameters) == ["features", "labels", "n_classes"]
@@ -116,22 +118,31 @@ def test_centroids_never_contain_synthetic_patches():
 def test_guiding_classifier_is_never_trained_on_synthetic_patches():
     assert not {"synthesize", "select", "augment"} & set(upstream_of("adapt"))
     assert {"read_labelled"} <= reach("adapt") and not reach("adapt") & {"read_synthetic", "chosen_patches"}
-    assert not any(name == "train_classifier" for stage in STAGES if "synthesize" in upstream_of(stage)
-                   for f in (reach(stage) if stage in FUNCTIONS else ()) for name, _ in called(FUNCTIONS[f]))  # fmt: skip
+    assert not any(
+        name == "train_classifier"
+        for stage in STAGES
+        if "synthesize" in upstream_of(stage)
+        for f in (reach(stage) if stage in FUNCTIONS else ())
+        for name, _ in called(FUNCTIONS[f])
+    )
 
 
 def test_model_choice_never_reads_the_test_split():
     def reads_test(function):
-        return any(name == "read_split" and any(getattr(a, "value", None) == "test" for a in call.args)
-                   for name, call in called(FUNCTIONS[function]))  # fmt: skip
+        return any(
+            name == "read_split" and any(getattr(a, "value", None) == "test" for a in call.args)
+            for name, call in called(FUNCTIONS[function])
+        )
 
     assert any(reads_test(f) for f in reach("augment"))
     for stage in upstream_of("augment")[:-1]:
         assert not any(reads_test(f) for f in reach(stage)), f"{stage} reads the test split"
     written = ast.parse(inspect.getsource(ablations))
-    assert not any(n == "read_split" and any(getattr(a, "value", None) == "test" for a in c.args) for n, c in called(written))
-    told = set(inspect.signature(train_backbone).parameters)
-    assert not [p for p in told if "test" in p or "valid" in p]  # a fixed number of steps, no epoch is picked
+    assert not any(
+        n == "read_split" and any(getattr(a, "value", None) == "test" for a in c.args) for n, c in called(written)
+    )
+    parameters = set(inspect.signature(train_backbone).parameters)
+    assert not [p for p in parameters if "test" in p or "valid" in p]  # a fixed number of steps, no epoch is selected
 
 
 def test_f1_is_over_the_whole_test_set_not_a_mean_over_batches():
@@ -139,7 +150,9 @@ def test_f1_is_over_the_whole_test_set_not_a_mean_over_batches():
     y = rng.choice(3, 600, p=[0.8, 0.15, 0.05])
     p = 0.6 * np.eye(3)[y] + rng.dirichlet(np.ones(3), 600)
     found = classification_metrics(y, p)
-    by_batch = {k: np.mean([classification_metrics(y[i : i + 32], p[i : i + 32])[k] for i in range(0, 600, 32)]) for k in found}
+    by_batch = {
+        k: np.mean([classification_metrics(y[i : i + 32], p[i : i + 32])[k] for i in range(0, 600, 32)]) for k in found
+    }
     assert found["macro_f1"] == pytest.approx(f1_score(y, p.argmax(1), average="macro"))
     for k in ("macro_f1", "sensitivity", "specificity"):
         assert abs(by_batch[k] - found[k]) > 1e-3, k
@@ -162,7 +175,9 @@ def noisy_fit(steps=40, half_life=0.25, spy=None, **kw):
             spy(model)
         return (model(x[i]) - y[i]).square().mean(), {}
 
-    config = FitConfig(steps=steps, learning_rate=0.05, ema_half_life=half_life, schedule="constant", checkpoint_seconds=0)
+    config = FitConfig(
+        steps=steps, learning_rate=0.05, ema_half_life=half_life, schedule="constant", checkpoint_seconds=0
+    )
     return fit(model, loss, config, **kw), config
 
 
@@ -171,7 +186,8 @@ def flat(model):
 
 
 def test_the_averaged_weights_are_the_ones_evaluated():
-    # a_n = d_n a_(n-1) + (1 - d_n) w_n, and diffusers warms the decay up: d_n = min(d, n/(9 + n)) from the second step on
+    # a_n = d_n a_(n-1) + (1 - d_n) w_n, and diffusers warms the decay up:
+    # d_n = min(d, n/(9 + n)) from the second step on
     raw = []
     averaged, config = noisy_fit(spy=lambda m: raw.append(flat(m)))
     raw = [*raw[1:], flat(noisy_fit(half_life=0.0)[0].model)]
@@ -200,22 +216,33 @@ def test_resume_continues_bit_for_bit(tmp_path):
     assert [r["loss"] for r in resumed.history] == [r["loss"] for r in whole.history]
 
 
-HARD_CODED = re.compile(r"""["'](/(home|root|mnt|data|scratch|media|Users)\b|[A-Z]:\\\\)|cuda:\d|CUDA_VISIBLE_DEVICES|device_ids""")
+HARD_CODED = re.compile(
+    r"""["'](/(home|root|mnt|data|scratch|media|Users)\b|[A-Z]:\\\\)"""
+    r"""|cuda:\d|CUDA_VISIBLE_DEVICES|device_ids"""
+)
 
 
 def test_no_hard_coded_paths_or_gpu_ids():
     for bad in ('"/home/me/x"', "'/mnt/data'", '"cuda:0"', "device_ids=[0, 1]", 'environ["CUDA_VISIBLE_DEVICES"]'):
         assert HARD_CODED.search(bad), bad
     files = [f for f in (ROOT / "histodiffusion").rglob("*.py") if f.name != "_modidx.py"]
-    correct = [f"{f.name}: {line.strip()}" for f in files for line in f.read_text(encoding="utf-8").splitlines() if HARD_CODED.search(line)]
+    correct = [
+        f"{f.name}: {line.strip()}"
+        for f in files
+        for line in f.read_text(encoding="utf-8").splitlines()
+        if HARD_CODED.search(line)
+    ]
     assert len(files) > 15 and not correct
 
 
 def test_every_result_has_seed_and_interval():
     assert "seed" in SEED_COLUMNS and {"n_seeds", "gain_ci_low", "gain_ci_high"} <= set(TABLE_COLUMNS)
     row = dict(label_fraction=0.05, macro_f1=0.5, sensitivity=0.5, specificity=0.9, auroc=0.9, ece=0.1)
-    rows = [dict(row, method=m, ratio=r, seed=s, accuracy=0.5 + 0.1 * r + 0.01 * s * (1 + r)) for m, r in (("real", 0), ("more", 1))
-            for s in range(3)]  # fmt: skip
+    rows = [
+        dict(row, method=m, ratio=r, seed=s, accuracy=0.5 + 0.1 * r + 0.01 * s * (1 + r))
+        for m, r in (("real", 0), ("more", 1))
+        for s in range(3)
+    ]
     table = summarise_methods(pd.DataFrame(rows))
     assert (table.n_seeds == 3).all() and table.gain_ci_low[1] < table.gain_mean[1] < table.gain_ci_high[1]
     for path in (ROOT / "results").rglob("table_1.csv"):
@@ -227,7 +254,9 @@ def test_every_result_has_seed_and_interval():
 
 def test_noise_schedule_is_the_closed_form_and_diffusers_own():
     ours = noise_schedule()
-    plain = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_start=0.0015, beta_end=0.0155, beta_schedule="linear")
+    plain = diffusers.DDPMScheduler(
+        num_train_timesteps=1000, beta_start=0.0015, beta_end=0.0155, beta_schedule="linear"
+    )
     assert np.allclose(ours.alphas_cumprod, ABAR, atol=1e-6) and torch.equal(ours.alphas_cumprod, plain.alphas_cumprod)
     z, noise, t = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0, 500, 999])
     a = torch.tensor(ABAR[t.numpy()], dtype=torch.float32)[:, None, None, None]
@@ -268,15 +297,15 @@ def test_latents_have_unit_variance_and_plain_diffusers_decodes_the_same_picture
     save_pipeline(tmp_path, vae, build_unet(8, widths=(16, 32), attention=(False, False)))
     pipe = diffusers.LDMPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
-    seen = []
+    decoded = []
     decode = pipe.vqvae.decode
-    pipe.vqvae.decode = lambda latents, *a, **kw: seen.append(latents) or decode(latents, *a, **kw)
+    pipe.vqvae.decode = lambda latents, *a, **kw: decoded.append(latents) or decode(latents, *a, **kw)
     picture = pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np")[0]
     sampled = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         pipe.scheduler.set_timesteps(2)
         for t in pipe.scheduler.timesteps:
             sampled = pipe.scheduler.step(pipe.unet(sampled, t).sample, t, sampled).prev_sample
-    assert torch.allclose(seen[0], sampled, rtol=1e-3, atol=1e-3)  # the pipeline hands over unit latents, unscaled
+    assert torch.allclose(decoded[0], sampled, rtol=1e-3, atol=1e-3)  # the pipeline hands over unit latents, unscaled
     ours = decode_latents(vae, sampled).astype(int)
     assert np.abs(ours - (255 * picture).round()).max() <= 1

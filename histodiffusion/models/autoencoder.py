@@ -37,8 +37,9 @@ def build_autoencoder(
     n, widths, layers = len(widths) + 1, (widths[0], *widths), (0,) + (layers,)*len(widths)  # none on whole pixels
     return AutoencoderDC(in_channels=channels, latent_channels=latent_channels, encoder_block_out_channels=widths,
                          decoder_block_out_channels=widths, encoder_layers_per_block=layers,
-                         decoder_layers_per_block=layers, encoder_qkv_multiscales=((),)*n, decoder_qkv_multiscales=((),)*n,
-                         encoder_out_shortcut=False, decoder_in_shortcut=False, scaling_factor=1.)
+                         decoder_layers_per_block=layers, encoder_qkv_multiscales=((),)*n,
+                         decoder_qkv_multiscales=((),)*n, encoder_out_shortcut=False,
+                         decoder_in_shortcut=False, scaling_factor=1.)
 
 # %% ../../nbs/library/models/03_autoencoder.ipynb #c189820d
 def _lite0():
@@ -54,8 +55,8 @@ def _lpips():
     from torchmetrics.functional.image.lpips import _LPIPS
     try: net = _LPIPS(pretrained=True, net="alex", eval_mode=True).to(get_device()).requires_grad_(False)
     except OSError as e:  # URLError is one
-        raise HistoDiffusionError(f"LPIPS needs torchvision's AlexNet, which could not be downloaded ({e}): go online once, or "
-                                  "set perceptual=lite0.") from e
+        raise HistoDiffusionError(f"LPIPS needs torchvision's AlexNet, which could not be downloaded ({e}): go online "
+                                  "once, or set perceptual=lite0.") from e
     return lambda a, b: net(a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1)).mean()
 
 # %% ../../nbs/library/models/03_autoencoder.ipynb #121a487a
@@ -227,7 +228,8 @@ def decode_latents(
     device, batches = get_device(), latents.split(batch_size or inference_batch_size())
     autoencoder.to(device, memory_format=torch.channels_last).eval()
     with mixed_precision(precision):
-        return np.concatenate([tensor_to_images(autoencoder.decode(z.to(device).float()).sample.float()) for z in batches])
+        found = [autoencoder.decode(z.to(device).float()).sample.float() for z in batches]
+    return np.concatenate([tensor_to_images(y) for y in found])
 
 # %% ../../nbs/library/models/03_autoencoder.ipynb #dfad9bfe
 def psnr(
@@ -255,12 +257,13 @@ def ssim(
 def stain_drift(
     a:np.ndarray, # (N, H, W, C) uint8 patches
     b:np.ndarray, # (N, H, W, C) uint8 reconstructions
-) -> dict: # red, green, blue (levels of 255), haematoxylin, eosin (optical density), each with its _spread; or grey alone
+) -> dict: # red, green, blue (0..255), haematoxylin, eosin (optical density), each with its _spread; or grey alone
     "Mean over patches of the change of their mean colours, b - a, and its deviation."
     look = lambda images: pd.DataFrame([colour_statistics(Image.fromarray(im.squeeze())) for im in images])
     drift = look(b) - look(a)
     names = {c: c for c in ("red", "green", "blue", "haematoxylin", "eosin")} if a.shape[-1] == 3 else dict(red="grey")
-    return {k: float(v) for c, n in names.items() for k, v in ((n, drift[c].mean()), (f"{n}_spread", drift[c].std(ddof=0)))}
+    both = {n: (drift[c].mean(), drift[c].std(ddof=0)) for c, n in names.items()}
+    return {k: float(v) for n, (mean, spread) in both.items() for k, v in ((n, mean), (f"{n}_spread", spread))}
 
 # %% ../../nbs/library/models/03_autoencoder.ipynb #270b6bc8
 def train_autoencoder(
@@ -293,7 +296,8 @@ def _with_critic(before, images, loss, weight, config, folder):
     pair = torch.nn.ModuleDict(dict(autoencoder=before.model, discriminator=PatchDiscriminator(images.shape[-1])))
     done = before.history[-1]["step"]
     left = config.steps - done
-    second = replace(config, steps=left, warmup=left//10, learning_rate=config.learning_rate/4)  # gentle for an untrained critic
+    rate = config.learning_rate/4  # gentle for an untrained critic
+    second = replace(config, steps=left, warmup=left//10, learning_rate=rate)
     after = fit(pair, AdversarialLoss(images, weight=weight, **loss), second, Path(folder)/"critic" if folder else None,
                 desc="autoencoder with critic")
     rows = [r | dict(step=r["step"] + done) for r in after.history]

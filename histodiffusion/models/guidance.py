@@ -85,7 +85,7 @@ class ClassifierFreeGuidance(Guidance):
     def __call__(self, unet, x, t, labels, alpha_bar, prediction_type):
         classes = getattr(unet.config, "num_class_embeds", None)
         if not classes:
-            raise HistoDiffusionError("This U-Net is not class-conditional: make it with `conditional_unet` and train it.")
+            raise HistoDiffusionError("This U-Net is not class-conditional: make it with `conditional_unet`.")
         if self.scale == 1 or not self.acts(t): return _predict(unet, x, t, labels), None
         null = torch.full_like(labels, classes - 1)  # the last class means none
         without, given = _predict(unet, torch.cat([x, x]), t, torch.cat([null, labels])).chunk(2)

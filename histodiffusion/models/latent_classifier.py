@@ -67,7 +67,8 @@ class LatentClassifier(nn.Module):
         super().__init__()
         copied = type(unet).from_config(unet.config)
         copied.load_state_dict(unet.state_dict())
-        self.config = AttrDict(n_classes=n_classes, noise_aware=noise_aware, unet={k: v for k, v in unet.config.items() if k[0] != "_"})
+        settings = {k: v for k, v in unet.config.items() if k[0] != "_"}
+        self.config = AttrDict(n_classes=n_classes, noise_aware=noise_aware, unet=settings)
         self.body = UNetFeatures(copied).requires_grad_(False)
         self.norm, self.drop = nn.LayerNorm(self.body.channels, elementwise_affine=False), nn.Dropout(.1)
         self.head = nn.Linear(self.body.channels, HEADS*KNOTS*n_classes)
@@ -94,7 +95,7 @@ def forward(self:LatentClassifier, z, t): # (B, C, h, w), time or (B,) -> (B, K)
     temperature = (_time_weights(at)*self.log_temperature).sum(1).exp()
     return self.each_head(z, t).mean(1)/temperature[:, None]
 
-# %% ../../nbs/library/models/05_latent_classifier.ipynb #f8790b09
+# %% ../../nbs/library/models/05_latent_classifier.ipynb #ab1b7d7f
 @patch
 def save_pretrained(self:LatentClassifier,
     folder, # where to
@@ -185,7 +186,8 @@ def train_classifier(
     schedule = schedule or noise_schedule()
     torch.manual_seed(seed)
     model = LatentClassifier(unet, n_classes, mode == "noise_aware")
-    config = FitConfig(steps, learning_rate, weight_decay=.05, warmup=steps//20, seed=seed, precision=precision, channels_last=False)
+    config = FitConfig(steps, learning_rate, weight_decay=.05, warmup=steps//20, seed=seed, precision=precision,
+                       channels_last=False)
     loss = functools.partial(classifier_loss, latents=latents, schedule=schedule, batch=batch)
     fitted = fit(model, loss, config, folder, "latent classifier")
     _calibrate(fitted.model, latents, schedule)
@@ -201,7 +203,8 @@ def _calibrate(model, latents, schedule):
     for knot, t in enumerate(times):
         logits, y = _left_out(model, latents, schedule, t, knot)
         loss = lambda u, logits=logits, y=y: F.cross_entropy(logits/float(np.exp(u)), y).item()
-        model.log_temperature[knot if aware else slice(None)] = minimize_scalar(loss, bounds=(-2, 4), method="bounded").x
+        best = minimize_scalar(loss, bounds=(-2, 4), method="bounded")
+        model.log_temperature[knot if aware else slice(None)] = best.x
 
 def _left_out(model, latents, schedule, t, seed):
     "Logits of each labelled latent at time t by the head that was trained without it, and labels."

@@ -68,7 +68,7 @@ def alpha_bar_at(
     a = scheduler.alphas_cumprod.double().numpy()
     return float(1/(1 + np.exp(-np.interp(float(t), np.arange(len(a)), np.log(a/(1 - a))))))
 
-# %% ../../nbs/library/models/09_sampling.ipynb #b9f82c8d
+# %% ../../nbs/library/models/09_sampling.ipynb #b3a01e7f
 @dataclass(frozen=True)
 class SamplingConfig:
     "All settings of the sampler."
@@ -94,7 +94,8 @@ class _Batch:
 def _begin(unet, config, labels, seeds, slots, start=None):
     "A batch before its first step: noise alone, or latents with the noise of a time."
     scheduler, c = make_scheduler(config.scheduler, config.steps, config.prediction), unet.config
-    generators, shape = [torch.Generator().manual_seed(int(s)) for s in seeds], (c.in_channels, c.sample_size, c.sample_size)
+    generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+    shape = (c.in_channels, c.sample_size, c.sample_size)
     noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(get_device())
     first, z = 0, noise*scheduler.init_noise_sigma
     if start is not None:  # at the first scheduled time that is not above that of the start, or at the last
@@ -188,11 +189,11 @@ def draw_latents(
     config:SamplingConfig=SamplingConfig(), # all settings of the sampler
     rejection:Rejection|None=None, # None: no sample is dropped
     start:tuple|None=None, # latents (N, C, h, w) and the time whose noise they get, to start from; None: noise alone
-) -> dict: # latents (N, C, h, w), confidence and attempts (N,), posteriors (N, checkpoints), drawn, rejected, evaluations
+) -> dict: # latents (N, C, h, w), confidence, attempts (N,), posteriors (N, checkpoints), drawn, rejected, evaluations
     "Latents of target classes, batch by batch; what is rejected is drawn again until every slot is filled."
     labels, guidance = np.asarray(labels), guidance or Guidance()
     if rejection and (guidance.classifier is None or start):
-        raise HistoDiffusionError("Early rejection needs guidance by a classifier, and cannot be combined with a start.")
+        raise HistoDiffusionError("Early rejection needs guidance by a classifier; it cannot be combined with a start.")
     for net in (unet, guidance.classifier):
         if isinstance(net, torch.nn.Module): net.to(get_device()).eval().requires_grad_(False)
     found = _no_results(unet, len(labels), rejection)
@@ -207,21 +208,21 @@ def draw_latents(
     drawn = int(found["attempts"].sum())
     return found | dict(drawn=drawn, rejected=drawn - len(labels))
 
-# %% ../../nbs/library/models/09_sampling.ipynb #61d832a3
+# %% ../../nbs/library/models/09_sampling.ipynb #25eaa2b5
 def _no_results(unet, n, rejection):
     "Results of n samples, to be filled in."
     c, checkpoints = unet.config, len(rejection.checkpoints) if rejection else 0
-    return dict(latents=torch.empty(n, c.in_channels, c.sample_size, c.sample_size), confidence=np.full(n, np.nan, np.float32),
-                posteriors=np.full((n, checkpoints), np.nan, np.float32), attempts=np.zeros(n, int), done=np.zeros(n, bool),
-                evaluations=0)
+    return dict(latents=torch.empty(n, c.in_channels, c.sample_size, c.sample_size),
+                confidence=np.full(n, np.nan, np.float32), posteriors=np.full((n, checkpoints), np.nan, np.float32),
+                attempts=np.zeros(n, int), done=np.zeros(n, bool), evaluations=0)
 
 def _begin_attempts(found, labels, todo, rejection):
     "Count one more attempt at each open slot; give up on a class of which too many samples were begun."
     found["attempts"][todo] += 1
     begun, wanted = np.bincount(labels, weights=found["attempts"]), np.bincount(labels)
     for c in np.flatnonzero(begun > rejection.max_attempts*wanted) if rejection else ():
-        raise HistoDiffusionError(f"Class {c}: {int(begun[c])} samples begun, and still fewer than the {wanted[c]} wanted passed: "
-                                  "lower the thresholds, calibrate them again, or raise the guidance scale.")
+        raise HistoDiffusionError(f"Class {c}: {int(begun[c])} samples begun, and fewer than the {wanted[c]} wanted "
+                                  "passed: lower the thresholds, calibrate them again, or raise the guidance scale.")
 
 # %% ../../nbs/library/models/09_sampling.ipynb #ff69b0cc
 def calibrate_rejection(
@@ -278,4 +279,5 @@ def load_pipeline(
     if not (folder/"model_index.json").exists():
         raise HistoDiffusionError(f"{folder} contains no saved pipeline: run its stage first.")
     classifier = LatentClassifier.from_pretrained(folder/"classifier") if (folder/"classifier").exists() else None
-    return AutoencoderDC.from_pretrained(folder/"vqvae").float(), UNet2DModel.from_pretrained(folder/"unet").float(), classifier
+    unet = UNet2DModel.from_pretrained(folder/"unet").float()
+    return AutoencoderDC.from_pretrained(folder/"vqvae").float(), unet, classifier
