@@ -7,16 +7,16 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from histodiffusion.app.cli import main
-from histodiffusion.core import HistoDiffusionError, load_settings
 from histodiffusion.data import copies as audit
-from histodiffusion.data.catalogue import may_show
 from histodiffusion.data.copies import audit_pair, audit_set, find_overlap, scan_set
 from histodiffusion.data.leakage import leakage
+from histodiffusion.data.catalogue import REGISTRY, may_show
+from histodiffusion.app.cli import main
+from histodiffusion.core import HistoDiffusionError, load_settings
 from histodiffusion.data.patches import load_patches, split_patches
 from histodiffusion.data.phantom import phantom_patches
-from histodiffusion.study.artefacts import check_leakage
 from histodiffusion.study.run import Run
+from histodiffusion.study.artefacts import check_leakage
 
 mirror = load_settings().data_mirror
 needs_mirror = pytest.mark.skipif(
@@ -75,12 +75,12 @@ def test_copy_in_any_position(tmp_path, target, tissue, position):
     assert found(f"folder:{target}", other) == {"turned.jpg": ("b/5.png", "near")}
 
 
-def test_pictures_of_a_pair_agree(tmp_path, target, tissue):
+def test_turned_by_its_position_the_second_image_of_a_pair_equals_the_first(tmp_path, target, tissue):
     for name, method in (("a", Image.Transpose.ROTATE_90), ("b", Image.Transpose.TRANSPOSE), ("c", Image.Transpose.ROTATE_270)):
         other = archive(tmp_path, {name: tissue[7].transpose(method)})
     pairs = find_overlap(f"folder:{target}", other)
-    seen = audit.pair_pictures(f"folder:{target}", other, pairs).astype(int)
-    assert len(seen) == 3 and np.abs(seen[:, :, :64] - seen[:, :, 64:]).max() <= 8
+    left, right = scan_set(f"folder:{target}").thumbs[pairs.i].astype(int), scan_set(other).thumbs[pairs.j].astype(int)
+    assert len(pairs) == 3 and all(np.abs(a - audit.turn(b, k)).max() <= 8 for a, b, k in zip(left, right, pairs.position))
 
 
 def test_grey_small_recompressed_copy(tmp_path, target, tissue):
@@ -134,8 +134,6 @@ def test_what_a_set_holds(target):
     assert (s["images"], s["side"], s["modes"], s["classes"], s["per_class"], s["corrupt"]) == (24, "150 px", "RGB", 2, "12", 1)
     assert 0 < s["eosin"] < 1 and 0 < s["haematoxylin"] < 1 and 100 < s["red"] < 250 and "corrupt" in text
     assert scan_set(f"folder:{target}").corrupt.file.tolist() == ["a/broken.png"]
-    with pytest.raises(HistoDiffusionError, match="a/broken.png .*--skip-corrupt"):
-        audit_set(f"folder:{target}", skip_corrupt=False)
     assert "<table" in audit_set(f"folder:{target}")._repr_html_()
 
 
@@ -255,7 +253,7 @@ def test_command_names_what_is_shared(tmp_path, target, tissue, capsys):
 
 
 def test_only_free_licences_are_shown():
-    shown = {s for s in audit.REGISTRY if may_show(s)}
+    shown = {s for s in REGISTRY if may_show(s)}
     assert {"pcam", "nct-crc-he", "breakhis"} <= shown
     assert not shown & {"monuseg", "tcga-ut", "crc-polyps", "lc25000"}
 
@@ -287,7 +285,7 @@ def test_sixty_mutated_files_are_read_or_named(tmp_path, tissue):
         for i in range(12):
             (folder / f"{i}.{suffix}").write_bytes(mutated(data, rng))
     (folder / "empty.png").touch()
-    found = audit_set(f"folder:{folder}", skip_corrupt=True)
+    found = audit_set(f"folder:{folder}")
     s = found.summary()
     assert s["images"] + s["corrupt"] == 66 and s["corrupt"] > 10 and repr(found)
     assert "empty.png" in set(found.scan.corrupt.file) and (found.scan.corrupt.reason.str.len() > 0).all()

@@ -25,7 +25,7 @@ SIZE = 64
 
 
 def write_slide(path, image, mpp=0.25, levels=(1, 2), unit="CENTIMETER"):
-    "A tiled, pyramidal TIFF that says its resolution."
+    "A tiled, pyramidal TIFF that states its resolution."
     per = {"CENTIMETER": 10_000, "INCH": 25_400, "NONE": 1}[unit] / mpp
     with tifffile.TiffWriter(path) as f:
         for k in levels:
@@ -50,7 +50,7 @@ def check_tiles(image, manifest, out, mpp, slide_mpp=0.25):
 
 @pytest.fixture(scope="module")
 def mosaic():
-    "Sixteen squares of tissue, 128 px each, and a strip of glass to the right."
+    "Sixteen squares of tissue, 128 px each, with a strip of glass on the right."
     tissue = phantom_patches(np.tile([3, 5, 7, 8], 4), seed=2, size=128).reshape(4, 4, 128, 128, 3)
     picture = np.concatenate([np.concatenate(list(row), 1) for row in tissue])
     return np.concatenate([picture, np.full((512, 188, 3), 245, np.uint8)], 1)
@@ -83,7 +83,7 @@ def test_a_resolution_between_levels_keeps_its_scale_and_its_grid(mosaic, slide,
 @pytest.mark.mirror
 @needs_mirror
 @pytest.mark.parametrize("mpp, number", [(0.5, 49), (1.0, 9)])
-def test_real_tissue_is_tiled_whole(tmp_path, mpp, number):
+def test_real_tissue_is_tiled_completely(tmp_path, mpp, number):
     path = sorted((mirror / "monuseg").rglob("*.jpg"))[0]
     image = np.asarray(Image.open(path).convert("RGB"))
     slide = write_slide(tmp_path / f"{path.stem}.tif", image)
@@ -94,7 +94,7 @@ def test_real_tissue_is_tiled_whole(tmp_path, mpp, number):
 
 
 @pytest.mark.parametrize("unit, found", [("CENTIMETER", 0.25), ("INCH", 0.25), ("NONE", None)])
-def test_resolution_of_the_tags(mosaic, tmp_path, unit, found):
+def test_resolution_from_tiff_tags(mosaic, tmp_path, unit, found):
     path = write_slide(tmp_path / "a.tif", mosaic, unit=unit)
     if found is None:
         with pytest.raises(HistoDiffusionError, match="mpp_of_file"):
@@ -114,7 +114,7 @@ def test_ordinary_images_and_plain_tiffs(mosaic, tmp_path):
         assert (read_patch(slide, 100, 50, 0.25, SIZE) == mosaic[50:114, 100:164]).all()
 
 
-def test_a_stopped_tiling_goes_on_and_is_never_half(mosaic, slide, tmp_path, monkeypatch):
+def test_a_stopped_tiling_resumes_and_leaves_no_partial_slide(mosaic, slide, tmp_path, monkeypatch):
     shutil.copy(slide, slide.with_name("second.tif"))
     whole = tile_slides(slide.parent, tmp_path / "whole", size=SIZE)
     real, calls = slides.read_patch, []
@@ -131,34 +131,34 @@ def test_a_stopped_tiling_goes_on_and_is_never_half(mosaic, slide, tmp_path, mon
     listed = pd.read_csv(tmp_path / "out" / "manifest.csv")
     assert set(listed.slide) == {"TCGA-AB-1234-01Z"}
     assert sorted(f"{p.parent.name}/{p.name}" for p in (tmp_path / "out").rglob("*.png")) == sorted(listed.file)
-    (tmp_path / "out" / ".second.x1y2").mkdir()  # what a killed attempt leaves
+    (tmp_path / "out" / ".second.x1y2").mkdir()  # left by a killed attempt
     calls[:] = [None] * 20
     pd.testing.assert_frame_equal(tile_slides(slide.parent, tmp_path / "out", size=SIZE), whole)
     assert len(calls) == 20 + 16 and not list((tmp_path / "out").glob(".second*"))
 
 
-def test_the_same_draw_every_time(slide, tmp_path):
+def test_the_random_choice_of_patches_follows_the_seed(slide, tmp_path):
     a, b, c = (tile_slides(slide, tmp_path / n, size=SIZE, max_patches=5, seed=s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
     assert len(a) == 5 and a.equals(b) and not a.equals(c)
 
 
-@pytest.mark.parametrize("change, said", [
+@pytest.mark.parametrize("change, message", [
     (dict(mpp=1.0), "was tiled with mpp 0.5, not 1.0"), (dict(seed=3), "was tiled with seed 0, not 3"),
     (dict(mpp=-1), "mpp is -1"), (dict(size=7.5), "size is 7.5"), (dict(patient="(x"), "no regular expression"),
     (dict(tissue=float("nan")), "tissue is nan"), (dict(max_patches=0), "max_patches is 0"),
 ])  # fmt: skip
-def test_parameters_end_in_one_sentence(slide, tmp_path, change, said):
+def test_wrong_settings_give_one_sentence(slide, tmp_path, change, message):
     tile_slides(slide, tmp_path / "out", size=SIZE)
     with pytest.raises(HistoDiffusionError) as e:
         tile_slides(slide, tmp_path / "out", **(dict(size=SIZE) | change))
-    assert said in str(e.value) and "\n" not in str(e.value)
+    assert message in str(e.value) and "\n" not in str(e.value)
 
 
-def test_places_end_in_one_sentence(slide, mosaic, tmp_path):
+def test_wrong_paths_give_one_sentence(slide, mosaic, tmp_path):
     out = tmp_path / "out"
-    for source, said in ((tmp_path / "no", "There is no slide"), (tmp_path / "empty", "No slide")):
+    for source, message in ((tmp_path / "no", "There is no slide"), (tmp_path / "empty", "contains no slide")):
         (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(HistoDiffusionError, match=said):
+        with pytest.raises(HistoDiffusionError, match=message):
             tile_slides(source, out)
     (tmp_path / "empty" / "thesis.txt").write_text("mine")
     with pytest.raises(HistoDiffusionError, match="thesis.txt"):
@@ -173,7 +173,7 @@ def test_places_end_in_one_sentence(slide, mosaic, tmp_path):
     assert not out.exists() and [p.name for p in (tmp_path / "empty").iterdir()] == ["thesis.txt"]
 
 
-def test_without_openslide_one_sentence(slide, tmp_path, monkeypatch):
+def test_without_openslide_the_error_says_what_to_install(slide, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "openslide", None)
     with pytest.raises(HistoDiffusionError, match=r"pip install histodiffusion\[slides\]"):
         tile_slides(slide, tmp_path / "out")
@@ -181,7 +181,7 @@ def test_without_openslide_one_sentence(slide, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(36))
-def test_damaged_slides_are_named_or_read(slide, mosaic, tmp_path, seed):
+def test_a_damaged_slide_is_read_or_reported(slide, mosaic, tmp_path, seed):
     "Truncated files, and bytes flipped in the header, in the directories and in the tiles."
     rng, good = np.random.default_rng(seed), slide.read_bytes()
     if seed % 3 == 0:
@@ -201,7 +201,7 @@ def test_damaged_slides_are_named_or_read(slide, mosaic, tmp_path, seed):
         assert 0 < len(manifest) <= 40 and all((tmp_path / "out" / f).is_file() for f in manifest.file)
 
 
-def test_patches_of_a_patient_stay_on_one_side(mosaic, tmp_path):
+def test_a_split_keeps_the_patches_of_a_patient_together(mosaic, tmp_path):
     for i in range(12):
         Image.fromarray(np.roll(mosaic[:256, :512], 17 * i, 1)).save(tmp_path / f"p{i // 2}-{i % 2}.png")
     manifest = tile_slides(tmp_path, tmp_path / "out", mpp=0.5, size=32, mpp_of_file=0.5, max_patches=20, patient=r"^p\d+")
