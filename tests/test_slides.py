@@ -138,7 +138,9 @@ def test_a_stopped_tiling_resumes_and_leaves_no_partial_slide(mosaic, slide, tmp
 
 
 def test_the_random_choice_of_patches_follows_the_seed(slide, tmp_path):
-    a, b, c = (tile_slides(slide, tmp_path / n, size=SIZE, max_patches=5, seed=s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
+    a, b, c = (
+        tile_slides(slide, tmp_path / n, size=SIZE, max_patches=5, seed=s) for n, s in (("a", 0), ("b", 0), ("c", 1))
+    )
     assert len(a) == 5 and a.equals(b) and not a.equals(c)
 
 
@@ -204,7 +206,9 @@ def test_a_damaged_slide_is_read_or_reported(slide, mosaic, tmp_path, seed):
 def test_a_split_keeps_the_patches_of_a_patient_together(mosaic, tmp_path):
     for i in range(12):
         Image.fromarray(np.roll(mosaic[:256, :512], 17 * i, 1)).save(tmp_path / f"p{i // 2}-{i % 2}.png")
-    manifest = tile_slides(tmp_path, tmp_path / "out", mpp=0.5, size=32, mpp_of_file=0.5, max_patches=20, patient=r"^p\d+")
+    manifest = tile_slides(
+        tmp_path, tmp_path / "out", mpp=0.5, size=32, mpp_of_file=0.5, max_patches=20, patient=r"^p\d+"
+    )
     assert set(manifest.patient) == {f"p{i}" for i in range(6)}
     for i, file in enumerate(manifest.file):
         place = tmp_path / "out" / "ab"[i % 2] / file.rsplit("/", 1)[1]

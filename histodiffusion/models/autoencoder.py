@@ -23,7 +23,7 @@ from ..core import HistoDiffusionError, get_device, inference_batch_size, progre
 from ..data.packed import images_to_tensor, tensor_to_images
 from ..data.stain import colour_statistics
 from .training import Fit, FitConfig, fit, mixed_precision
-from .encoders import FeatureMaps
+from .encoders import feature_maps
 
 # %% ../../nbs/library/models/03_autoencoder.ipynb #880c0894
 def build_autoencoder(
@@ -44,7 +44,7 @@ def build_autoencoder(
 # %% ../../nbs/library/models/03_autoencoder.ipynb #c189820d
 def _lite0():
     "Mean absolute difference of early feature maps of the packaged encoder, each level scaled by its own size."
-    maps = FeatureMaps().to(get_device())
+    maps = feature_maps().to(get_device())
     def distance(a, b):
         with torch.no_grad(): target = maps(b)
         return sum((p - q).abs().mean()/(q.abs().mean() + 1e-3) for p, q in zip(maps(a), target))
