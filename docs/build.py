@@ -270,8 +270,8 @@ def library_pages() -> list:
 def data_page() -> str:
     "The catalogue of data sets as a page."
     text = ["# Data sets", "The data sets that the library knows by name; `histodiffusion data list` shows which are "
-            "on this machine. A data set is downloaded from its publisher after its licence is shown, and verified. Any "
-            "folder of images is a data set too: `folder:/path`."]
+            "on this machine. A data set is downloaded from its publisher after its licence is shown, and verified. "
+            "Any folder of images is a data set too: `folder:/path`."]
     for name, d in REGISTRY.items():
         facts = {"Licence": f"[{d.licence}]({d.licence_url})" if d.licence_url else d.licence,
                  "Published at": f"<{d.homepage}>" if d.homepage else "",

@@ -7,16 +7,16 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from histodiffusion.data import copies as audit
-from histodiffusion.data.copies import audit_pair, audit_set, find_overlap, scan_set
-from histodiffusion.data.leakage import leakage
-from histodiffusion.data.catalogue import REGISTRY, may_show
 from histodiffusion.app.cli import main
 from histodiffusion.core import HistoDiffusionError, load_settings
+from histodiffusion.data import copies as audit
+from histodiffusion.data.catalogue import REGISTRY, may_show
+from histodiffusion.data.copies import audit_pair, audit_set, find_overlap, scan_set
+from histodiffusion.data.leakage import leakage
 from histodiffusion.data.patches import load_patches, split_patches
 from histodiffusion.data.phantom import phantom_patches
-from histodiffusion.study.run import Run
 from histodiffusion.study.artefacts import check_leakage
+from histodiffusion.study.run import Run
 
 mirror = load_settings().data_mirror
 needs_mirror = pytest.mark.skipif(
@@ -70,17 +70,25 @@ def test_exact_copy_under_another_name(tmp_path, target, tissue):
 
 @pytest.mark.parametrize("position", range(8))
 def test_copy_in_any_position(tmp_path, target, tissue, position):
-    turned = Image.fromarray(np.ascontiguousarray(np.moveaxis(audit.turn(np.moveaxis(np.asarray(tissue[5]), -1, 0), position), 0, -1)))
+    turned = Image.fromarray(
+        np.ascontiguousarray(np.moveaxis(audit.turn(np.moveaxis(np.asarray(tissue[5]), -1, 0), position), 0, -1))
+    )
     other = archive(tmp_path, {"turned": turned}, "jpg", quality=70)
     assert found(f"folder:{target}", other) == {"turned.jpg": ("b/5.png", "near")}
 
 
 def test_turned_by_its_position_the_second_image_of_a_pair_equals_the_first(tmp_path, target, tissue):
-    for name, method in (("a", Image.Transpose.ROTATE_90), ("b", Image.Transpose.TRANSPOSE), ("c", Image.Transpose.ROTATE_270)):
+    for name, method in (
+        ("a", Image.Transpose.ROTATE_90),
+        ("b", Image.Transpose.TRANSPOSE),
+        ("c", Image.Transpose.ROTATE_270),
+    ):
         other = archive(tmp_path, {name: tissue[7].transpose(method)})
     pairs = find_overlap(f"folder:{target}", other)
     left, right = scan_set(f"folder:{target}").thumbs[pairs.i].astype(int), scan_set(other).thumbs[pairs.j].astype(int)
-    assert len(pairs) == 3 and all(np.abs(a - audit.turn(b, k)).max() <= 8 for a, b, k in zip(left, right, pairs.position))
+    assert len(pairs) == 3 and all(
+        np.abs(a - audit.turn(b, k)).max() <= 8 for a, b, k in zip(left, right, pairs.position)
+    )
 
 
 def test_grey_small_recompressed_copy(tmp_path, target, tissue):
@@ -131,7 +139,14 @@ def test_copies_that_cross_the_splits_are_counted(target, tissue):
 def test_what_a_set_holds(target):
     (target / "a" / "broken.png").write_bytes(b"no image")
     s, text = audit_set(f"folder:{target}").summary(), repr(audit_set(f"folder:{target}"))
-    assert (s["images"], s["side"], s["modes"], s["classes"], s["per_class"], s["corrupt"]) == (24, "150 px", "RGB", 2, "12", 1)
+    assert (s["images"], s["side"], s["modes"], s["classes"], s["per_class"], s["corrupt"]) == (
+        24,
+        "150 px",
+        "RGB",
+        2,
+        "12",
+        1,
+    )
     assert 0 < s["eosin"] < 1 and 0 < s["haematoxylin"] < 1 and 100 < s["red"] < 250 and "corrupt" in text
     assert scan_set(f"folder:{target}").corrupt.file.tolist() == ["a/broken.png"]
     assert "<table" in audit_set(f"folder:{target}")._repr_html_()
@@ -188,7 +203,9 @@ def test_repeated_images_can_be_left_out_of_the_pool(tmp_path, target, tissue, c
     patches = load_patches(f"folder:{target}")
     train = {patches.keys[i] for i in split_patches(patches.keys)["train"]}
     table = scan_set(f"folder:{target}").table
-    held = {f"held {i}": Image.open(target / f) for i, (k, f) in enumerate(zip(table.key, table.file)) if k not in train}
+    held = {
+        f"held {i}": Image.open(target / f) for i, (k, f) in enumerate(zip(table.key, table.file)) if k not in train
+    }
     # the only image that is not held back is green all over, and so every patch of the pool must be
     other = archive(tmp_path, held | {"green": Image.new("RGB", (150, 150), (0, 200, 0))})
     options = dict(overrides=dict(image_size=32, pretrain_patches=40))
@@ -198,7 +215,9 @@ def test_repeated_images_can_be_left_out_of_the_pool(tmp_path, target, tissue, c
     pool = np.load(pretraining_data(run) / "pool.npy")
     assert len(pool) == 40 and pool[..., 1].min() > 50 and pool[..., [0, 2]].max() == 0
     assert f"{other}: {len(held)} images repeat test or validation patches" in capsys.readouterr().out
-    assert Run(**run.parameters).parameters == run.parameters and run.key("autoencoder") != run_of(target, other, **options).key("autoencoder")
+    assert Run(**run.parameters).parameters == run.parameters and run.key("autoencoder") != run_of(
+        target, other, **options
+    ).key("autoencoder")
 
 
 def test_training_patches_in_the_pool_are_listed_but_not_refused(tmp_path, target, tissue):

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from histodiffusion.study import steps as stages
+from histodiffusion.core import HistoDiffusionError, load_tensors
+from histodiffusion.data.packed import images_to_tensor
+from histodiffusion.data.patches import to_grey
+from histodiffusion.data.phantom import phantom_patches
 from histodiffusion.models.autoencoder import (
     AdversarialLoss,
     AutoencoderLoss,
@@ -19,12 +22,9 @@ from histodiffusion.models.autoencoder import (
     stain_drift,
     train_autoencoder,
 )
-from histodiffusion.core import HistoDiffusionError, load_tensors
-from histodiffusion.data.patches import to_grey
-from histodiffusion.data.packed import images_to_tensor
-from histodiffusion.data.phantom import phantom_patches
-from histodiffusion.study.run import Run
 from histodiffusion.models.training import FitConfig
+from histodiffusion.study import steps as stages
+from histodiffusion.study.run import Run
 
 SIZES = dict(widths=(16, 32), latent_channels=4, layers=1)
 

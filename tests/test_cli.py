@@ -114,7 +114,7 @@ def test_help_shows_the_values_of_the_profile(capsys):
 def test_settings_lists_every_setting_with_its_comment(capsys):
     assert main(["settings"]) == 0
     said = capsys.readouterr().out
-    for name, value in Profile().settings().items():
+    for name in Profile().settings():
         assert f"--{name.replace('_', '-')}  " in said, name
     assert "px, a multiple of 16" in said and "None" not in said
 

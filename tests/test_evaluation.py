@@ -1,4 +1,5 @@
 """Methods are tested once, results are remade by seed, and the report says what the tables say."""
+
 import shutil
 
 import numpy as np
@@ -19,8 +20,8 @@ from histodiffusion.study.stages import STAGES
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("HISTODIFFUSION_RESULTS_PATH", str(tmp_path/"results"))
-    monkeypatch.setenv("HISTODIFFUSION_FIGURES_PATH", str(tmp_path/"figures"))
+    monkeypatch.setenv("HISTODIFFUSION_RESULTS_PATH", str(tmp_path / "results"))
+    monkeypatch.setenv("HISTODIFFUSION_FIGURES_PATH", str(tmp_path / "figures"))
     return tmp_path
 
 
@@ -29,7 +30,7 @@ def pretend(run):
     for job in plan(run):
         with stage_folder(Run(**job.parameters), job.stage) as attempt:
             for output in STAGES[job.stage].outputs:
-                (attempt.folder/output).write_text("x")
+                (attempt.folder / output).write_text("x")
 
 
 def test_a_deleted_result_of_one_seed_is_all_that_is_made_anew(home):
@@ -45,7 +46,9 @@ def test_another_seed_leaves_the_others_as_they_are(home):
     more = Run("smoke", overrides=dict(seeds=[0, 1, 2]))
     todo = [j for j in plan(more) if not j.done]
     assert {j.name for j in todo if STAGES[j.stage].per_seed} == {f"{s.name}_2" for s in STAGES.values() if s.per_seed}
-    assert {j.stage for j in todo if not STAGES[j.stage].per_seed} == {s.name for s in STAGES.values() if s.seeds == "all"}
+    assert {j.stage for j in todo if not STAGES[j.stage].per_seed} == {
+        s.name for s in STAGES.values() if s.seeds == "all"
+    }
 
 
 def test_a_method_is_tested_once_and_a_stopped_stage_goes_on(home):
@@ -55,35 +58,35 @@ def test_a_method_is_tested_once_and_a_stopped_stage_goes_on(home):
 
     def answer(images):
         asked.append(len(images))
-        return np.eye(9)[test.labels]*.6 + .4/9
+        return np.eye(9)[test.labels] * 0.6 + 0.4 / 9
 
     def stop(images):
         raise KeyboardInterrupt
 
-    methods = {("real", 0.): answer, ("gan", 1.): stop}
+    methods = {("real", 0.0): answer, ("gan", 1.0): stop}
     with pytest.raises(KeyboardInterrupt):
         steps.measure_methods(run, home, methods)
-    steps.measure_methods(run, home, methods | {("gan", 1.): answer})
+    steps.measure_methods(run, home, methods | {("gan", 1.0): answer})
     assert asked == [len(test), len(test)]  # `real` was not asked again
-    rows = pd.read_csv(home/"rows.csv")
+    rows = pd.read_csv(home / "rows.csv")
     assert rows.method.tolist() == ["real", "gan"] and (rows.accuracy == 1).all()
     assert rows.ece[0] == pytest.approx(classification_metrics(test.labels, answer(test.images))["ece"])
 
 
 def test_variants_share_what_they_do_not_change():
     run = Run("smoke")
-    wider = variant(run, ratios=[1., 2.])
+    wider = variant(run, ratios=[1.0, 2.0])
     assert wider.key("synthesize") == run.key("synthesize") and wider.key("augment") != run.key("augment")
-    few = variant(run, label_fraction=.5)
+    few = variant(run, label_fraction=0.5)
     assert few.key("diffusion") == run.key("diffusion") and few.key("adapt") != run.key("adapt")
     one = variant(run, pretrain_sets=run.sets[:1])
     assert one.key("real_only") == run.key("real_only") and one.key("autoencoder") != run.key("autoencoder")
 
 
 def test_neighbours_are_the_nearest_by_angle():
-    known = np.array([[1., 0.], [0., 1.], [-1., 0.]])
-    distance, i = nearest_neighbours(np.array([[9., 1.], [-.1, 5.]]), known)
-    assert i.tolist() == [0, 1] and distance**2/2 == pytest.approx([1 - 9/82**.5, 1 - 5/25.01**.5])
+    known = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    distance, i = nearest_neighbours(np.array([[9.0, 1.0], [-0.1, 5.0]]), known)
+    assert i.tolist() == [0, 1] and distance**2 / 2 == pytest.approx([1 - 9 / 82**0.5, 1 - 5 / 25.01**0.5])
 
 
 def test_figure_2_needs_no_real_patch_where_they_may_not_be_shown():

@@ -17,6 +17,14 @@ import pytest
 import torch
 
 from histodiffusion.models.diffusion import noise_schedule
+from histodiffusion.models.guidance import (
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    Guidance,
+    class_gradient,
+    guided_noise,
+)
+from histodiffusion.models.mixture import GaussianMixture, MixtureClassifier
 from histodiffusion.models.sampling import (
     SCHEDULERS,
     Rejection,
@@ -27,14 +35,6 @@ from histodiffusion.models.sampling import (
     guided_sample,
     make_scheduler,
 )
-from histodiffusion.models.guidance import (
-    ClassifierFreeGuidance,
-    ClassifierGuidance,
-    Guidance,
-    class_gradient,
-    guided_noise,
-)
-from histodiffusion.models.mixture import GaussianMixture, MixtureClassifier
 
 CASES = [("ddim", 0.0), ("ddim", 1.0), *((name, 0.0) for name in SCHEDULERS if name != "ddim")]
 KINDS = ("epsilon", "v_prediction")

@@ -1,4 +1,5 @@
 """Image metrics equal the reference implementations on the same features, and columns say which encoder looked."""
+
 import contextlib
 import io
 import sys
@@ -25,6 +26,7 @@ from histodiffusion.models.encoders import encode_images, encoder_names, load_en
 
 class PassOn(torch.nn.Module):
     "A 'feature extractor' for torchmetrics that hands its input on."
+
     num_features = 24
 
     def forward(self, x):
@@ -36,7 +38,7 @@ def features():
     "300 real and 240 synthetic features of 24 dimensions, correlated, unlike each other; five synthetic ones twice."
     rng = np.random.default_rng(0)
     mix = rng.normal(size=(24, 24))
-    real, synthetic = rng.normal(size=(300, 24)) @ mix, rng.normal(size=(240, 24)) @ (.8*mix) + .3
+    real, synthetic = rng.normal(size=(300, 24)) @ mix, rng.normal(size=(240, 24)) @ (0.8 * mix) + 0.3
     synthetic[5:10] = synthetic[10:15]
     return real, synthetic
 
@@ -53,7 +55,9 @@ def test_frechet_distance_equals_torchmetrics_and_torch_fidelity(features):
     metric = FrechetInceptionDistance(feature=PassOn()).set_dtype(torch.float64)
     assert ours == pytest.approx(float(by_torchmetrics(metric, *features)), rel=1e-3)
     statistics = [fid_features_to_statistics(torch.from_numpy(f)) for f in features]
-    assert ours == pytest.approx(fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"], rel=1e-6)
+    assert ours == pytest.approx(
+        fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"], rel=1e-6
+    )
 
 
 def test_kernel_distance_equals_torchmetrics_and_torch_fidelity(features):
@@ -63,16 +67,20 @@ def test_kernel_distance_equals_torchmetrics_and_torch_fidelity(features):
         warnings.simplefilter("ignore")  # torchmetrics: the metric keeps all features
         metric = KernelInceptionDistance(feature=PassOn(), subsets=2, subset_size=240).set_dtype(torch.float64)
     assert ours[0] == pytest.approx(float(by_torchmetrics(metric, real, synthetic)[0]), rel=1e-3)
-    theirs = kid_features_to_metric(*map(torch.from_numpy, (real, synthetic)), kid_subsets=2, kid_subset_size=240, verbose=False)
+    theirs = kid_features_to_metric(
+        *map(torch.from_numpy, (real, synthetic)), kid_subsets=2, kid_subset_size=240, verbose=False
+    )
     assert ours[0] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6)
-    assert ours[1] == pytest.approx(0, abs=1e-9*ours[0])
+    assert ours[1] == pytest.approx(0, abs=1e-9 * ours[0])
 
 
 def test_subsets_of_the_kernel_distance_agree_in_mean_and_spread_with_torch_fidelity(features):
     ours, other = (np.array(kernel_distance(*features, subsets=400, subset_size=60, seed=s)) for s in (0, 1))
-    theirs = kid_features_to_metric(*map(torch.from_numpy, features), kid_subsets=400, kid_subset_size=60, verbose=False)
-    assert ours[0] == pytest.approx(theirs["kernel_inception_distance_mean"], abs=5*2**.5*ours[1]/20)
-    assert ours[1] == pytest.approx(theirs["kernel_inception_distance_std"], rel=.25)
+    theirs = kid_features_to_metric(
+        *map(torch.from_numpy, features), kid_subsets=400, kid_subset_size=60, verbose=False
+    )
+    assert ours[0] == pytest.approx(theirs["kernel_inception_distance_mean"], abs=5 * 2**0.5 * ours[1] / 20)
+    assert ours[1] == pytest.approx(theirs["kernel_inception_distance_std"], rel=0.25)
     assert (ours != other).all() and (ours == kernel_distance(*features, subsets=400, subset_size=60)).all()
 
 
@@ -85,8 +93,9 @@ def test_precision_recall_density_and_coverage_equal_prdc_exactly(features, k):
 
 def test_neighbours_are_the_same_when_memory_forces_them_into_pieces(features):
     from sklearn import config_context
+
     whole = precision_recall_density_coverage(*features)
-    with config_context(working_memory=.05):
+    with config_context(working_memory=0.05):
         assert precision_recall_density_coverage(*features) == whole
 
 
@@ -96,7 +105,11 @@ def test_only_inception_features_are_called_fid(features):
     assert (row["n_real"], row["n_synthetic"]) == (300, 240)
     assert row["fd_squeezenet"] == row["fid"] == frechet_distance(real, synthetic)
     assert row["kid_squeezenet"] == row["kid"] and "fid_squeezenet" not in row and "fd_inception" not in row
-    assert row["precision_squeezenet"] == row["precision_inception"] == precision_recall_density_coverage(real, synthetic)["precision"]
+    assert (
+        row["precision_squeezenet"]
+        == row["precision_inception"]
+        == precision_recall_density_coverage(real, synthetic)["precision"]
+    )
 
 
 def test_too_few_patches_give_missing_values_and_mixed_features_one_sentence(features):
@@ -112,7 +125,8 @@ def test_too_few_patches_give_missing_values_and_mixed_features_one_sentence(fea
 
 def test_an_encoder_without_weights_says_in_one_sentence_how_to_get_them(monkeypatch, tmp_path):
     from torch_fidelity import feature_extractor_inceptionv3 as inception
-    monkeypatch.setenv("HISTODIFFUSION_DATA_MIRROR", str(tmp_path/"data"))
+
+    monkeypatch.setenv("HISTODIFFUSION_DATA_MIRROR", str(tmp_path / "data"))
     monkeypatch.delenv("HISTODIFFUSION_WEIGHTS", raising=False)
     assert encoder_names() == ("efficientnet_lite0",)
     with pytest.raises(HistoDiffusionError, match="set HISTODIFFUSION_WEIGHTS"):
@@ -120,6 +134,7 @@ def test_an_encoder_without_weights_says_in_one_sentence_how_to_get_them(monkeyp
 
     def offline(*a, **kw):
         raise OSError("no network")
+
     monkeypatch.setattr(inception, "load_state_dict_from_url", offline)
     with pytest.raises(HistoDiffusionError, match="go online once"):
         load_encoder("inception")
@@ -130,8 +145,11 @@ def test_an_encoder_without_weights_says_in_one_sentence_how_to_get_them(monkeyp
 
 def test_inception_features_are_torch_fidelitys(monkeypatch):
     from torch_fidelity import feature_extractor_inceptionv3 as inception
+
     monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *a, **kw: {})
-    monkeypatch.setattr(inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *a, **kw: None)  # random weights
+    monkeypatch.setattr(
+        inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *a, **kw: None
+    )  # random weights
     encoder = load_encoder("inception")
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 40, 3), dtype=np.uint8)
     theirs = encoder.net.net(torch.from_numpy(images).permute(0, 3, 1, 2).to(encoder.mean.device))[0]

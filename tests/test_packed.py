@@ -134,7 +134,9 @@ def test_stain_setting_changes_colour_patches_and_refuses_grey_ones(home):
         for i in range(4):
             Image.fromarray(plain[i, ..., 0] ^ (c == "ADI")).save(home / "grey" / c / f"{i}.png")
     with pytest.raises(HistoDiffusionError, match="grey"):
-        stages.target_data(Run("smoke", f"folder:{home / 'grey'}", ["phantom:kyoto:45"], overrides=dict(stain="macenko")))
+        stages.target_data(
+            Run("smoke", f"folder:{home / 'grey'}", ["phantom:kyoto:45"], overrides=dict(stain="macenko"))
+        )
 
 
 def test_broken_manifests_give_a_one_line_error(home):

@@ -17,17 +17,17 @@ from sklearn.metrics import f1_score
 
 import histodiffusion.study.ablate as ablations
 import histodiffusion.study.steps as stages
+from histodiffusion.data.phantom import phantom_patches
+from histodiffusion.measure.selection import class_centroids
+from histodiffusion.measure.statistics import SEED_COLUMNS, TABLE_COLUMNS, classification_metrics, summarise_methods
 from histodiffusion.models.autoencoder import build_autoencoder, decode_latents, encode_patches, fold_deviation
 from histodiffusion.models.backbone import train_backbone
 from histodiffusion.models.diffusion import DiffusionLoss, LatentSampler, build_unet, noise_schedule
-from histodiffusion.models.latent_classifier import LabelledLatents, LatentClassifier, classifier_loss
-from histodiffusion.measure.statistics import SEED_COLUMNS, TABLE_COLUMNS, classification_metrics, summarise_methods
-from histodiffusion.data.phantom import phantom_patches
-from histodiffusion.study.stages import STAGES, upstream_of
 from histodiffusion.models.guidance import ClassifierGuidance
+from histodiffusion.models.latent_classifier import LabelledLatents, LatentClassifier, classifier_loss
 from histodiffusion.models.sampling import SamplingConfig, guided_sample, make_scheduler, save_pipeline
-from histodiffusion.measure.selection import class_centroids
 from histodiffusion.models.training import FitConfig, ema_decay, fit
+from histodiffusion.study.stages import STAGES, upstream_of
 
 ROOT = Path(__file__).resolve().parent.parent
 ABAR = np.cumprod(1 - np.linspace(0.0015, 0.0155, 1000))

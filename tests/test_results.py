@@ -1,4 +1,4 @@
-"""The committed results are complete, know where they come from, and are what README.md and the profiles say of them."""
+"""The committed results are complete, have provenance, and agree with README.md and the profiles."""
 
 import json
 import re

@@ -64,7 +64,8 @@ def changed(**options):
 
 def test_guidance_scale_changes_synthesis_but_not_adaptation(project):
     assert changed(overrides={"guidance_scale": 9.5}) == [
-        "synthesize", "select", "augment", "compare", "quality", "sampling_grid", "adaptation_grid", *RESULTS]  # fmt: skip
+        "synthesize", "select", "augment", "compare", "quality", "sampling_grid", "adaptation_grid",
+        *RESULTS]  # fmt: skip
 
 
 def test_every_setting_changes_the_stages_that_list_it_and_no_earlier_one(project):
@@ -151,7 +152,10 @@ def test_presets_are_valid():
             run = Run(name, dataset, wanted.sets or None, overrides=wanted.overrides)
             methods = {m.split("@")[0] for m in wanted.accuracy}
             ratios = {float(m.split("@")[1]) for m in wanted.accuracy} - {0}
-            assert methods <= {"real", "histodiffusion_selected"} and ratios <= {*run.settings.ratios, run.settings.ratio}
+            assert methods <= {"real", "histodiffusion_selected"} and ratios <= {
+                *run.settings.ratios,
+                run.settings.ratio,
+            }
             assert all(0 < value < 1 and 0 < tolerance < 0.1 for value, tolerance in wanted.accuracy.values())
 
 

@@ -13,8 +13,8 @@ from histodiffusion.data.phantom import phantom_patches
 
 pytest.importorskip("openslide", reason="needs openslide-python and openslide-bin: install the extra 'slides'")
 tifffile = pytest.importorskip("tifffile", reason="needs tifffile, which is in the extra 'dev'")
-from histodiffusion.data import slides
-from histodiffusion.data.slides import open_slide, read_patch, tile_grid, tile_slides
+from histodiffusion.data import slides  # noqa: E402 - needs openslide
+from histodiffusion.data.slides import open_slide, read_patch, tile_grid, tile_slides  # noqa: E402
 
 mirror = load_settings().data_mirror
 needs_mirror = pytest.mark.skipif(

@@ -119,7 +119,9 @@ def test_only_stages_after_the_prior_depend_on_its_continued_training(name):
 
 @pytest.mark.parametrize("settings", [{}, {"prior_steps": 2}], ids=["unchanged", "continued"])
 def test_no_job_of_a_plan_writes_or_waits_for_published_files(settings):
-    run = start_from(NAMES[0], **settings) if settings else Run("small", "phantom:target", overrides={"prior": NAMES[0]})
+    run = (
+        start_from(NAMES[0], **settings) if settings else Run("small", "phantom:target", overrides={"prior": NAMES[0]})
+    )
     assert not [f for j in plan(run) for f in (*j.inputs, *j.outputs) if "weights" in Path(f).parts]
 
 

@@ -115,8 +115,8 @@ def table_3(run:Run, folder:Path):
         seconds = published_prior(c.prior)[1]["seconds"]
         note = f" The published prior `{c.prior}` had taken {seconds:.0f} seconds before."
     write_table(pd.DataFrame(rows), run.results/"table_3",
-                "Cost of each stage: optimiser steps, images or latents used in them or sampled, wall seconds of one run "
-                "and of all seeds." + note)
+                "Cost of each stage: optimiser steps, images or latents used in them or sampled, wall seconds of one "
+                "run and of all seeds." + note)
 
 # %% ../../nbs/library/study/08_tables.ipynb #20b5341e
 def class_examples(
