@@ -240,10 +240,7 @@ def write_table(
     "Write a table as CSV and Markdown, each completely or not at all."
     csv, md = (Path(f"{path_without_suffix}{suffix}") for suffix in (".csv", ".md"))
     with atomic_path(csv) as p: frame.to_csv(p, index=False, lineterminator="\n")
-    def shown(v):
-        if isinstance(v, float): return "–" if v != v else f"{v:.4g}"
-        return str(v).replace("|", "\\|")
-    rule = ["---:" if t.kind in "iufcb" else "---" for t in frame.dtypes]
-    rows = [frame.columns, rule, *(map(shown, row) for row in frame.itertuples(index=False))]
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return csv, write_text(md, (f"{caption}\n\n" if caption else "") + "\n".join(lines) + "\n")
+    def shown(v): return "–" if v != v else f"{v:.4g}" if isinstance(v, float) else str(v).replace("|", "\\|")
+    align = ["right" if t.kind in "iufcb" else "left" for t in frame.dtypes]
+    text = frame.map(shown).to_markdown(index=False, disable_numparse=True, colalign=align)
+    return csv, write_text(md, (f"{caption}\n\n" if caption else "") + text + "\n")
