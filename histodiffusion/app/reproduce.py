@@ -223,9 +223,7 @@ def _launch(run, jobs, cores):
     return max(found, default=1) if code else 0
 
 # %% ../../nbs/library/app/02_reproduce.ipynb #5bba1da9
-def show_results(
-    run:Run,
-) -> int: # exit code 0
+def show_results(run:Run) -> int: # exit code 0
     "Print Table 1, and where the results are."
     if missing := [s for s in RESULTS if not run.done(s)]:
         raise HistoDiffusionError(f"{missing[0]} was not made: look into {_path(run.results/'notebooks')}.")

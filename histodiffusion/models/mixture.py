@@ -100,9 +100,7 @@ def draw(self:GaussianMixture,
 # %% ../../nbs/library/models/06_mixture.ipynb #0dcda40f
 class MixtureClassifier(torch.nn.Module):
     "The mixture's posterior (3) in place of a `LatentClassifier`."
-    def __init__(self,
-        mixture:GaussianMixture,
-    ):
+    def __init__(self, mixture:GaussianMixture):
         super().__init__()
         self.mixture, self.config = mixture, mixture.config
 

@@ -63,9 +63,7 @@ def learning_rate_factor(
     return .5*(1 + math.cos(math.pi*(step - config.warmup)/max(1, config.steps - config.warmup)))
 
 # %% ../../nbs/library/models/01_training.ipynb #b251f356
-def ema_decay(
-    config:FitConfig,
-) -> float: # in 0 .. 1
+def ema_decay(config:FitConfig) -> float: # in 0 .. 1
     "Decay per step of the weight average, from its half-life."
     return 2**(-1/max(1., config.ema_half_life*config.steps))
 

@@ -115,11 +115,7 @@ def rejection(self:Sampler,
     return calibrate_rejection(self.unet, self.pilot, accept, *self.arguments(cell, "pilot"), keep=keep)[0]
 
 # %% ../../nbs/library/study/09_ablate.ipynb #5c3682cb
-def measure_cell(
-    sampler:Sampler,
-    measure:PatchQuality,
-    cell:Cell,
-) -> dict: # a row of the table
+def measure_cell(sampler:Sampler, measure:PatchQuality, cell:Cell) -> dict: # a row of the table
     "Sample a cell, and measure all its patches and those that the selection rule accepts."
     labels, rejection, arguments = sampler.labels, sampler.rejection(cell), sampler.arguments(cell, 0)
     start = time.perf_counter()
@@ -255,9 +251,7 @@ def variant(
     return Run(**p | dict(overrides=p["overrides"] | overrides, pretrain_sets=pretrain_sets or p["pretrain_sets"],
                           label_fraction=fraction))
 
-def measure_variant(
-    run:Run,
-) -> pd.DataFrame: # as Table 1
+def measure_variant(run:Run) -> pd.DataFrame: # as Table 1
     "Make the first seeds of a run down to the test split, and summarise them."
     runs = [run.with_seed(s) for s in run.settings.seeds[:run.settings.ablation_seeds]]
     for r in runs: make_stage(r, "augment")

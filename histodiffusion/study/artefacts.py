@@ -127,9 +127,7 @@ def _timed(run, stage, clock):
                                   "and give the same command again, which continues where this one stopped.") from e
 
 # %% ../../nbs/library/study/05_artefacts.ipynb #83e8e3ef
-def check_leakage(
-    run:Run,
-):
+def check_leakage(run:Run):
     "Stop where pre-training sets repeat the target's test or validation patches; write the pairs beside the pool."
     if run.facts.get("leakage checked"): return
     published = is_published(run.settings, "diffusion")

@@ -151,9 +151,7 @@ def oracle(run:Run, folder:Path):
     write_json(folder/"metrics.json", classification_metrics(validation.labels, predict(net, validation.images)))
     return training_work(config)
 
-def load_oracle(
-    run:Run,
-) -> torch.nn.Module: # eval mode
+def load_oracle(run:Run) -> torch.nn.Module: # eval mode
     "The oracle of a run's labelled set."
     c = run.settings
     net = build_backbone(c.oracle, len(read_split(run, "validation").classes), run.channels, c.image_size)
@@ -181,9 +179,7 @@ class PatchQuality:
         return dict(class_accuracy=correct, **image_quality(self.features(images), self.real))
 
 # %% ../../nbs/library/study/07_compare.ipynb #141e8f0f
-def synthetic_sets(
-    run:Run,
-) -> dict: # method -> (M, H, W, C) uint8 patches and (M,) labels
+def synthetic_sets(run:Run) -> dict: # method -> (M, H, W, C) uint8 patches and (M,) labels
     "The patches that each method adds, at the ratio of the baselines; real labelled ones first."
     labelled = read_labelled(run)
     sets = dict(real=(labelled.images, labelled.labels)) | {n: read_baseline(run, n) for n in GENERATORS}

@@ -121,9 +121,7 @@ def compare_expected(
     return lines
 
 # %% ../../nbs/library/study/10_report.ipynb #71ba4ab5
-def report_head(
-    run:Run,
-) -> str: # Markdown
+def report_head(run:Run) -> str: # Markdown
     "Title of a report, and how the run was made."
     c = run.settings
     sets = ", ".join(dict.fromkeys((*prior_sets(run), *run.sets)))

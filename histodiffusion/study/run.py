@@ -71,9 +71,7 @@ def _sets_of(run):
         given = prior_sets(run) if is_published(run.settings, "diffusion") else default_pretraining(run.target)
     return tuple(map(full_name, [given] if isinstance(given, str) else given))
 
-def prior_sets(
-    run:Run,
-) -> tuple: # names
+def prior_sets(run:Run) -> tuple: # names
     "The sets that a run's published prior was trained on; none where the run trains its own."
     return tuple(published_prior(run.settings.prior)[1]["data"]) if run.settings.prior else ()
 

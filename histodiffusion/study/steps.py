@@ -88,9 +88,7 @@ def target_data(run:Run, folder:Path):
     return dict(images=len(patches))
 
 # %% ../../nbs/library/study/06_steps.ipynb #617c3742
-def read_pool(
-    run:Run,
-) -> np.ndarray: # (N, H, W, C) uint8
+def read_pool(run:Run) -> np.ndarray: # (N, H, W, C) uint8
     "The unlabelled pool of a run."
     if is_published(run.settings, "pretraining_data"):
         raise HistoDiffusionError(f"The published prior '{run.settings.prior}' comes without its training patches.")
@@ -117,9 +115,7 @@ def read_labelled(
     train, f = read_split(run, "train"), fraction or run.settings.label_fraction
     return train.subset(labelled_fraction(train.labels, train.keys, f, run.seed, train.classes))
 
-def read_unlabelled(
-    run:Run,
-) -> PatchSet: # may be empty
+def read_unlabelled(run:Run) -> PatchSet: # may be empty
     "The other training patches, whose labels no method of this run uses."
     train, labelled = read_split(run, "train"), {*read_labelled(run).keys}
     return train.subset(np.array([i for i, key in enumerate(train.keys) if key not in labelled], int))
@@ -153,9 +149,7 @@ def _prior_networks(run):
     "Autoencoder and U-Net of a run's published prior."
     return load_pipeline(published_prior(run.settings.prior)[0]/"diffusion"/"model")[:2]
 
-def load_autoencoder(
-    run:Run,
-): # AutoencoderDC
+def load_autoencoder(run:Run): # AutoencoderDC
     "The trained first stage of a run."
     from diffusers import AutoencoderDC
     if run.settings.prior: return _prior_networks(run)[0]
@@ -340,9 +334,7 @@ def backbone_config(
                           learning_rate=c.backbone_lr, warmup=c.backbone_steps//20, augmentation=augmentation,
                           seed=derive_seed("backbone", run.seed))
 
-def teacher_config(
-    run:Run,
-) -> BackboneConfig:
+def teacher_config(run:Run) -> BackboneConfig:
     "How the teacher is trained."
     c = run.settings
     return replace(backbone_config(run), name=c.teacher, steps=c.teacher_steps, learning_rate=c.teacher_lr,
@@ -381,9 +373,7 @@ def load_backbone(
     net.load_state_dict(load_tensors(run.folder("real_only")/f"{method}.safetensors"))
     return net.eval()
 
-def load_teacher(
-    run:Run,
-) -> torch.nn.Module: # eval mode
+def load_teacher(run:Run) -> torch.nn.Module: # eval mode
     "The network that selects, trained on the labelled patches alone."
     return load_backbone(run, "real" if teacher_config(run) == backbone_config(run) else "teacher")
 
