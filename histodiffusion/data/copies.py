@@ -103,7 +103,8 @@ def _load_scan(path, spec, code):
     kinds = dict.fromkeys(("file", "label", "key", "mode", "reason"), str)
     try:
         with np.load(path, allow_pickle=False) as z:
-            tables = [pd.read_csv(io.StringIO(str(z[k])), keep_default_na=False, dtype=kinds, float_precision="round_trip")
+            read = dict(keep_default_na=False, dtype=kinds, float_precision="round_trip")
+            tables = [pd.read_csv(io.StringIO(str(z[k])), **read)
                       for k in ("table", "corrupt")]
             return Scan(spec, tables[0], z["thumbs"], tables[1], code)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): return None

@@ -218,7 +218,8 @@ def verify_dataset(
     for f in info.files if folder.parent == home else ():
         path, inner = home/"downloads"/name/f.name, folder/Path(f.name).stem
         if path.exists(): check(f"download {f.name}", f.checksum or "as recorded", _check_download, f, path)
-        if f.unpacked: check(f"file {inner.name}", f.unpacked, lambda p, c: check_file(p, c) and "right", inner, f.unpacked)
+        right = lambda path, checksum: check_file(path, checksum) and "right"
+        if f.unpacked: check(f"file {inner.name}", f.unpacked, right, inner, f.unpacked)
     check("images of each class", dict(zip(info.classes, info.counts)) or "any", check_counts, folder, info)
     if images: check("images that can be read", "all", _check_readable, folder, info)
     return pd.DataFrame(rows, columns=["what", "expected", "found", "ok"])
