@@ -1,5 +1,4 @@
-"""Image metrics equal the reference implementations on the same features, and columns say which encoder looked."""
-
+"""Image metrics equal the reference implementations on the same features; column names contain the encoder."""
 import contextlib
 import io
 import sys
@@ -24,9 +23,8 @@ from histodiffusion.measure.image_metrics import (
 from histodiffusion.models.encoders import encode_images, encoder_names, load_encoder
 
 
-class PassOn(torch.nn.Module):
-    "A 'feature extractor' for torchmetrics that hands its input on."
-
+class Identity(torch.nn.Module):
+    "A feature extractor for torchmetrics that returns its input."
     num_features = 24
 
     def forward(self, x):
@@ -35,16 +33,16 @@ class PassOn(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def features():
-    "300 real and 240 synthetic features of 24 dimensions, correlated, unlike each other; five synthetic ones twice."
+    "300 real and 240 synthetic features of 24 correlated dimensions; five synthetic ones are repeated."
     rng = np.random.default_rng(0)
     mix = rng.normal(size=(24, 24))
-    real, synthetic = rng.normal(size=(300, 24)) @ mix, rng.normal(size=(240, 24)) @ (0.8 * mix) + 0.3
+    real, synthetic = rng.normal(size=(300, 24)) @ mix, rng.normal(size=(240, 24)) @ (.8*mix) + .3
     synthetic[5:10] = synthetic[10:15]
     return real, synthetic
 
 
 def by_torchmetrics(metric, real, synthetic):
-    "What a metric of torchmetrics says of features."
+    "Value of a torchmetrics metric for real and synthetic features."
     for f, is_real in ((real, True), (synthetic, False)):
         metric.update(torch.from_numpy(f), real=is_real)
     return metric.compute()
@@ -52,35 +50,32 @@ def by_torchmetrics(metric, real, synthetic):
 
 def test_frechet_distance_equals_torchmetrics_and_torch_fidelity(features):
     ours = frechet_distance(*features)
-    metric = FrechetInceptionDistance(feature=PassOn()).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=Identity()).set_dtype(torch.float64)
     assert ours == pytest.approx(float(by_torchmetrics(metric, *features)), rel=1e-3)
     statistics = [fid_features_to_statistics(torch.from_numpy(f)) for f in features]
-    assert ours == pytest.approx(
-        fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"], rel=1e-6
-    )
+    theirs = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 def test_kernel_distance_equals_torchmetrics_and_torch_fidelity(features):
-    real, synthetic = features[0][:240], features[1]  # a subset of all: nothing is left to chance
+    real, synthetic = features[0][:240], features[1]  # a subset of all: no random choice
     ours = kernel_distance(real, synthetic, subsets=2, subset_size=240)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchmetrics: the metric keeps all features
-        metric = KernelInceptionDistance(feature=PassOn(), subsets=2, subset_size=240).set_dtype(torch.float64)
+        metric = KernelInceptionDistance(feature=Identity(), subsets=2, subset_size=240).set_dtype(torch.float64)
     assert ours[0] == pytest.approx(float(by_torchmetrics(metric, real, synthetic)[0]), rel=1e-3)
-    theirs = kid_features_to_metric(
-        *map(torch.from_numpy, (real, synthetic)), kid_subsets=2, kid_subset_size=240, verbose=False
-    )
+    tensors = map(torch.from_numpy, (real, synthetic))
+    theirs = kid_features_to_metric(*tensors, kid_subsets=2, kid_subset_size=240, verbose=False)
     assert ours[0] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6)
-    assert ours[1] == pytest.approx(0, abs=1e-9 * ours[0])
+    assert ours[1] == pytest.approx(0, abs=1e-9*ours[0])
 
 
 def test_subsets_of_the_kernel_distance_agree_in_mean_and_spread_with_torch_fidelity(features):
     ours, other = (np.array(kernel_distance(*features, subsets=400, subset_size=60, seed=s)) for s in (0, 1))
-    theirs = kid_features_to_metric(
-        *map(torch.from_numpy, features), kid_subsets=400, kid_subset_size=60, verbose=False
-    )
-    assert ours[0] == pytest.approx(theirs["kernel_inception_distance_mean"], abs=5 * 2**0.5 * ours[1] / 20)
-    assert ours[1] == pytest.approx(theirs["kernel_inception_distance_std"], rel=0.25)
+    tensors = map(torch.from_numpy, features)
+    theirs = kid_features_to_metric(*tensors, kid_subsets=400, kid_subset_size=60, verbose=False)
+    assert ours[0] == pytest.approx(theirs["kernel_inception_distance_mean"], abs=5*2**.5*ours[1]/20)
+    assert ours[1] == pytest.approx(theirs["kernel_inception_distance_std"], rel=.25)
     assert (ours != other).all() and (ours == kernel_distance(*features, subsets=400, subset_size=60)).all()
 
 
@@ -91,11 +86,10 @@ def test_precision_recall_density_and_coverage_equal_prdc_exactly(features, k):
     assert precision_recall_density_coverage(*features, k=k) == {n: float(v) for n, v in theirs.items()}
 
 
-def test_neighbours_are_the_same_when_memory_forces_them_into_pieces(features):
+def test_limited_memory_does_not_change_the_neighbours(features):
     from sklearn import config_context
-
     whole = precision_recall_density_coverage(*features)
-    with config_context(working_memory=0.05):
+    with config_context(working_memory=.05):
         assert precision_recall_density_coverage(*features) == whole
 
 
@@ -105,14 +99,11 @@ def test_only_inception_features_are_called_fid(features):
     assert (row["n_real"], row["n_synthetic"]) == (300, 240)
     assert row["fd_squeezenet"] == row["fid"] == frechet_distance(real, synthetic)
     assert row["kid_squeezenet"] == row["kid"] and "fid_squeezenet" not in row and "fd_inception" not in row
-    assert (
-        row["precision_squeezenet"]
-        == row["precision_inception"]
-        == precision_recall_density_coverage(real, synthetic)["precision"]
-    )
+    precision = precision_recall_density_coverage(real, synthetic)["precision"]
+    assert row["precision_squeezenet"] == row["precision_inception"] == precision
 
 
-def test_too_few_patches_give_missing_values_and_mixed_features_one_sentence(features):
+def test_too_few_patches_give_missing_values_and_mixed_features_an_error(features):
     real, synthetic = features
     row = image_quality({"squeezenet": synthetic[:5]}, {"squeezenet": real})
     assert row["n_synthetic"] == 5 and np.isnan([v for k, v in row.items() if k.endswith("squeezenet")]).all()
@@ -123,10 +114,9 @@ def test_too_few_patches_give_missing_values_and_mixed_features_one_sentence(fea
         kernel_distance(real, synthetic[:, :9])
 
 
-def test_an_encoder_without_weights_says_in_one_sentence_how_to_get_them(monkeypatch, tmp_path):
+def test_an_encoder_without_weights_names_the_remedy(monkeypatch, tmp_path):
     from torch_fidelity import feature_extractor_inceptionv3 as inception
-
-    monkeypatch.setenv("HISTODIFFUSION_DATA_MIRROR", str(tmp_path / "data"))
+    monkeypatch.setenv("HISTODIFFUSION_DATA_MIRROR", str(tmp_path/"data"))
     monkeypatch.delenv("HISTODIFFUSION_WEIGHTS", raising=False)
     assert encoder_names() == ("efficientnet_lite0",)
     with pytest.raises(HistoDiffusionError, match="set HISTODIFFUSION_WEIGHTS"):
@@ -134,22 +124,19 @@ def test_an_encoder_without_weights_says_in_one_sentence_how_to_get_them(monkeyp
 
     def offline(*a, **kw):
         raise OSError("no network")
-
     monkeypatch.setattr(inception, "load_state_dict_from_url", offline)
     with pytest.raises(HistoDiffusionError, match="go online once"):
         load_encoder("inception")
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(HistoDiffusionError, match="pip install torch-fidelity"):
+    with pytest.raises(HistoDiffusionError, match="needs torch-fidelity: pip install"):
         load_encoder("inception")
 
 
 def test_inception_features_are_torch_fidelitys(monkeypatch):
     from torch_fidelity import feature_extractor_inceptionv3 as inception
-
     monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *a, **kw: {})
-    monkeypatch.setattr(
-        inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *a, **kw: None
-    )  # random weights
+    random_weights = lambda *a, **kw: None  # noqa: E731
+    monkeypatch.setattr(inception.FeatureExtractorInceptionV3, "load_state_dict", random_weights)
     encoder = load_encoder("inception")
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 40, 3), dtype=np.uint8)
     theirs = encoder.net.net(torch.from_numpy(images).permute(0, 3, 1, 2).to(encoder.mean.device))[0]
@@ -160,7 +147,7 @@ def test_inception_features_are_torch_fidelitys(monkeypatch):
 @pytest.mark.mirror
 def test_squeezenet_takes_patches_of_any_size_grey_or_colour():
     if "squeezenet" not in encoder_names():
-        pytest.skip("the mirror holds no weights of SqueezeNet")
+        pytest.skip("the mirror has no SqueezeNet weights")
     encoder, rng = load_encoder("squeezenet"), np.random.default_rng(0)
     for shape in ((8, 8, 1), (64, 64, 3), (70, 40, 1), (150, 150, 3)):
         features = encode_images(encoder, rng.integers(0, 256, (3, *shape), dtype=np.uint8))

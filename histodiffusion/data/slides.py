@@ -186,10 +186,7 @@ def _tissue_shares(mask, corners, side, factor):
     end = np.clip(np.rint((corners + side)/factor).astype(int), start + 1, mask.shape[::-1])
     return np.array([mask[y:bottom, x:right].mean() for (x, y), (right, bottom) in zip(start, end)])
 
-def choose_tiles(
-    slide:Slide,
-    tiling:Tiling,
-) -> tuple: # (N, 2) corners in level-0 px, and (N,) shares of tissue
+def choose_tiles(slide:Slide, tiling:Tiling) -> tuple: # (N, 2) corners in level-0 px, and (N,) shares of tissue
     "The tiles of a slide that have enough tissue."
     (w, h), mpp, size = slide.size, tiling.mpp, tiling.size
     found = f"{slide.path} has {w} x {h} px at {slide.mpp:.4g} μm/px"
