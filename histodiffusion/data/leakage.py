@@ -83,8 +83,8 @@ def refuse_leakage(
     counts = " and ".join(f"{n[s]} {s}" for s in ("test", "validation") if s in n)
     raise HistoDiffusionError(
         f"Pre-training set '{worst}' repeats {counts} patch(es) of the target '{first.target}' (such as "
-        f"{first.pretrain_file} = {first.target_file}{f'; so do {others} other set(s)' if others else ''}): leave these "
-        f"images out with --skip-leaks, or go on with --allow-leakage{f' (all pairs: {where})' if where else ''}.")
+        f"{first.pretrain_file} = {first.target_file}{f'; so do {others} other set(s)' if others else ''}): leave "
+        f"these images out with --skip-leaks, or go on with --allow-leakage{f' (all pairs: {where})' if where else ''}.")
 
 # %% ../../nbs/library/data/12_leakage.ipynb #65ef1b92
 def write_leaks(
