@@ -41,7 +41,7 @@ def results(tmp_path, monkeypatch):
     (["adapt", "--selection-rule", "best"], "selection_rule must be one of"),
     (["data", "fetch"], "needs the NAME of one set"),
     (["data", "list", "pcam"], "takes no NAME"),
-    (["reproduce", "--cores", "0"], "--cores is 0"),
+    (["reproduce", "--cores", "-1"], "--cores is -1"),
 ])  # fmt: skip
 def test_mistake_is_one_sentence_and_exit_code_2(capsys, words, said):
     assert main(words) == 2
@@ -99,7 +99,9 @@ def test_help_says_what_is_read_and_written_and_lists_every_setting(capsys, comm
         main([command, "--help"])
     said = capsys.readouterr().out
     assert e.value.code == 0
-    assert all(word in said for word in ("reads ", "writes ", "--dry-run", "--skip-corrupt", "--force"))
+    assert all(word in said for word in ("--dry-run", "--skip-corrupt", "--force"))
+    assert "side of every patch, px" in said and "preset of scale" in said
+    assert command == "reproduce" or all(word in said for word in ("reads ", "writes "))
     assert all(f"--{name.replace('_', '-')}" in said for name in Profile().settings())
 
 

@@ -132,3 +132,10 @@ def test_continued_training_needs_a_prior_and_excludes_the_target():
         start_from(NAMES[0], ["phantom:target:60"], prior_steps=2)
     with pytest.raises(HistoDiffusionError, match="was trained with unet_layers"):
         start_from(NAMES[0], prior_steps=2, unet_layers=3)
+
+
+def test_the_import_path_of_published_model_cards_works():
+    from histodiffusion import sharing
+
+    assert sharing.load_prior is load_prior
+    assert "from histodiffusion.sharing import load_prior" in (WEIGHTS / NAMES[0] / "README.md").read_text()

@@ -3,8 +3,8 @@
 import os
 import signal
 import sys
-from dataclasses import dataclass, fields, make_dataclass
-from typing import Annotated, ClassVar, Literal, Union
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Literal, Union
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
@@ -19,7 +19,7 @@ from histodiffusion.study.stages import STAGES
 class RunOptions:
     "The options that describe a run; all further options are settings of its profile."
 
-    profile: str = "" # preset of scale: smoke, small, gpu or paper; empty: the one in settings.ini
+    profile: str = field(default_factory=lambda: load_settings().profile) # preset of scale: smoke, small, gpu or paper
     dataset: str = "phantom:target" # labelled set: phantom:LABORATORY[:N[:SEED]], folder:PATH with class/image, or a name
     pretrain_sets: tuple[str, ...] = () # unlabelled sets to pre-train on; none given: those that suit the target
     skip_corrupt: bool = False # name corrupt images and leave them out, instead of stopping
@@ -38,10 +38,10 @@ class RunOptions:
         "The run that the options describe."
         from histodiffusion.study.run import Run
 
-        profile = self.profile or load_settings().profile
-        preset, sections = profiles.get_profile(profile).settings(), [getattr(self, f.name) for f in fields(self)[6:14]]
+        preset = profiles.get_profile(self.profile).settings()
+        sections = [getattr(self, f.name) for f in fields(self)[6:14]]
         given = {f.name: getattr(s, f.name) for s in sections for f in fields(s)}
-        run = Run(profile, self.dataset, self.pretrain_sets or None, skip_corrupt=self.skip_corrupt,
+        run = Run(self.profile, self.dataset, self.pretrain_sets or None, skip_corrupt=self.skip_corrupt,
                   overrides={k: v for k, v in given.items() if v != preset[k]},
                   allow_leakage=self.allow_leakage, skip_leaks=self.skip_leaks)  # fmt: skip
         return run.with_seed(run.settings.seeds[0])
@@ -51,7 +51,7 @@ class RunOptions:
 class StageCommand(RunOptions):
     "Make the stages of a command, and those before them that are missing; finished ones are kept."
 
-    name: ClassVar[str] = ""
+    name: tyro.conf.Suppress[str] = "" # of the command
     dry_run: bool = False # only list what would be made
     force: bool = False # make the stages of this command anew, and all that follow
 
@@ -70,22 +70,20 @@ class StageCommand(RunOptions):
 class Reproduce(StageCommand):
     "Make every table and figure, and every stage they need, by executing the notebooks."
 
-    name: ClassVar[str] = "reproduce"
-    cores: int | None = None # processor cores to use; default: all
+    cores: int = 0 # processor cores to use; 0: all
 
     def __call__(self):
         from histodiffusion.app.reproduce import reproduce
 
-        if self.cores is not None and self.cores < 1:
-            raise HistoDiffusionError(f"--cores is {self.cores}: give a whole number of 1 or more.")
-        return reproduce(self.make(), self.cores, self.dry_run, self.force)
+        if self.cores < 0:
+            raise HistoDiffusionError(f"--cores is {self.cores}: give a whole number of 0 or more.")
+        return reproduce(self.make(), self.cores or None, self.dry_run, self.force)
 
 
 @dataclass(frozen=True)
 class Data(StageCommand):
     "Show the labelled set with its splits; list, fetch, verify, describe or audit data sets."
 
-    name: ClassVar[str] = "data"
     action: Positional[Literal["show", "list", "fetch", "verify", "describe", "audit"]] = "show" # list: known names; describe: licence, source
     names: Positional[tuple[str, ...]] = () # the set to fetch, verify or describe; the sets to audit, or 'mirror'
     accept_licence: bool = False # fetch without the question that is asked at a terminal
@@ -117,7 +115,6 @@ STAGE_COMMANDS = {
 class Export(RunOptions):
     "Write the synthetic patches of a run as a folder to share, with table, card and Croissant metadata."
 
-    name: ClassVar[str] = "export"
     out: str = "synthetic" # a new folder; for several seeds, one below it for each
     all: bool = False # not only the patches that the selection kept
 
@@ -135,7 +132,6 @@ class Export(RunOptions):
 class Tile:
     "Cut whole slides or large images into patches at one resolution, where there is tissue."
 
-    name: ClassVar[str] = "tile"
     source: Positional[str] # a slide or large image, or a folder of them
     out: str # folder for patches and manifest.csv; a second call continues
     mpp: float = 0.5 # resolution of the patches, μm/px, > 0
@@ -161,8 +157,6 @@ class Tile:
 class Settings:
     "List every setting with its comment and its value in each profile."
 
-    name: ClassVar[str] = "settings"
-
     def __call__(self):
         from fastcore.docments import docments
 
@@ -176,9 +170,11 @@ class Settings:
         return 0
 
 
-COMMANDS = {"reproduce": Reproduce, "data": Data} | {
-    name: make_dataclass(name.title(), [], bases=(StageCommand,), frozen=True, namespace={"__doc__": text, "name": name})
-    for name, text in STAGE_COMMANDS.items()} | {c.name: c for c in (Export, Tile, Settings)}  # fmt: skip
+COMMANDS = {  # name -> its class and description
+    "reproduce": (Reproduce, Reproduce.__doc__), "data": (Data, Data.__doc__),
+    **{name: (StageCommand, text) for name, text in STAGE_COMMANDS.items()},
+    "export": (Export, Export.__doc__), "tile": (Tile, Tile.__doc__), "settings": (Settings, Settings.__doc__),
+}  # fmt: skip
 
 
 def stages_of(command: str) -> list[str]:
@@ -188,15 +184,16 @@ def stages_of(command: str) -> list[str]:
 
 def explain(command: str) -> str:
     "What the stages of a command do, read and write."
-    lines = []
+    if command == "reproduce":
+        return "\n\n--dry-run lists the stages. The other commands make some of them each."
+    text = []
     for stage in map(STAGES.get, stages_of(command)):
-        sets = {"pretraining": "the pre-training sets", "target": "the labelled set"}
-        place = {"artefacts": f"results/artefacts/{stage.name}-<key>/"}.get(
-            stage.folder, f"{stage.folder}/<profile>/<data set>/")  # fmt: skip
-        lines += [f"{stage.name}{', for each seed' if stage.per_seed else ''}: {stage.what};",
-                  f"    reads {', '.join(stage.upstream) or sets[stage.data]}; writes {stage.writes or ', '.join(stage.outputs)}, in {place}"]  # fmt: skip
-    head = "\n\nStages; missing ones before them are made first, finished ones are kept:\n"
-    return "\n".join([head, *lines]) if lines else ""
+        reads = ", ".join(stage.upstream) or f"the {stage.data} data"
+        where = f"artefacts/{stage.name}-<key>" if stage.folder == "artefacts" else f"{stage.folder}/<profile>/<data set>"
+        text.append(f"{stage.name}{', for each seed' if stage.per_seed else ''}: {stage.what}; reads {reads}; "
+                    f"writes {stage.writes or ', '.join(stage.outputs)}, in {where}.")  # fmt: skip
+    head = "Stages (missing ones before them are made first, finished ones are kept):"
+    return "\n\n" + "\n\n".join([head, *text]) if text else ""
 
 
 def make_stages(run, command: str, force: bool) -> None:
@@ -223,17 +220,19 @@ def parse(argv: list[str]):
     "The command that the words name; the defaults in its help are those of the profile."
     profile = next((b for a, b in zip(argv, argv[1:]) if a == "--profile"), None)
     profile = next((a.partition("=")[2] for a in argv if a.startswith("--profile=")), profile)
-    preset = profiles.get_profile(profile or load_settings().profile)
+    preset = profiles.get_profile(profile or load_settings().profile)  # refuses an unknown one
     pick = lambda section: section(**{f.name: getattr(preset, f.name) for f in fields(section)})  # noqa: E731
-    defaults = dict(zip([f.name for f in fields(RunOptions)[6:]], map(pick, profiles.SECTIONS)))
+    defaults = dict(zip([f.name for f in fields(RunOptions)[6:]], map(pick, profiles.SECTIONS)), profile=preset.name)
 
-    def subcommand(c):
-        text = c.__doc__ + (explain(c.name) if c.name in argv[:1] else "")  # the list of commands stays short
-        run = dict(default=c(**defaults)) if issubclass(c, RunOptions) else {}
-        return Annotated[c, tyro.conf.subcommand(c.name, description=text, **run)]
+    def subcommand(name, c, text):
+        if name in argv[:1]: # the list of commands stays short
+            text += explain(name)
+        known = defaults | ({"name": name} if issubclass(c, StageCommand) else {})
+        run = {"default": c(**known)} if issubclass(c, RunOptions) else {}
+        return Annotated[c, tyro.conf.subcommand(name, description=text, **run)]
 
+    commands = Union[tuple(subcommand(name, *c) for name, c in COMMANDS.items())]  # noqa: UP007
     about = f"Latent diffusion for few-label histology classification, version {__version__}."
-    commands = Union[tuple(map(subcommand, COMMANDS.values()))]  # noqa: UP007
     return tyro.cli(commands, args=argv, prog="histodiffusion", description=about, config=(tyro.conf.FlagCreatePairsOff,))
 
 

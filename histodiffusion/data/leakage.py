@@ -30,11 +30,11 @@ def split_groups(
     edges = [(f"1{a}", f"1{b}") for a, b in zip(key[near.i], key[near.j])]
     edges += [(f"1{k}", f"0{g}") for k, g in zip(keys, groups or []) if g]
     if not edges: return groups
-    nodes, ends = np.unique(edges, return_inverse=True)  # patients or slides ("0...") before keys ("1...")
+    nodes, ends = np.unique(np.array(edges, dtype=object), return_inverse=True)  # "0..." (patients) before keys
     links = coo_array((np.ones(len(edges)), ends.reshape(-1, 2).T), shape=(len(nodes),)*2)
-    part, name = connected_components(links)[1], {}
-    for node, n in zip(nodes, part): name.setdefault(n, node[1:])
-    group = {node: name[n] for node, n in zip(nodes, part)}
+    part = connected_components(links)[1]
+    first = nodes[np.unique(part, return_index=True)[1]]  # of each group
+    group = {node: first[n][1:] for node, n in zip(nodes, part)}
     return [group.get(f"1{k}", "") for k in keys]
 
 # %% ../../nbs/library/data/12_leakage.ipynb #79460e2f
@@ -81,10 +81,11 @@ def refuse_leakage(
     pairs = held[held.pretrain == worst].sort_values("distance", kind="stable")
     n, first = pairs.drop_duplicates("target_file").split.value_counts(), pairs.iloc[0]
     counts = " and ".join(f"{n[s]} {s}" for s in ("test", "validation") if s in n)
+    more, listed = f"; so do {others} other set(s)"*bool(others), f" (all pairs: {where})"*bool(where)
     raise HistoDiffusionError(
         f"Pre-training set '{worst}' repeats {counts} patch(es) of the target '{first.target}' (such as "
-        f"{first.pretrain_file} = {first.target_file}{f'; so do {others} other set(s)' if others else ''}): leave "
-        f"these images out with --skip-leaks, or go on with --allow-leakage{f' (all pairs: {where})' if where else ''}.")
+        f"{first.pretrain_file} = {first.target_file}{more}): leave these images out with --skip-leaks, or go on with "
+        f"--allow-leakage{listed}.")
 
 # %% ../../nbs/library/data/12_leakage.ipynb #65ef1b92
 def write_leaks(

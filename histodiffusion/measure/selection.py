@@ -8,7 +8,6 @@ __all__ = ['RULES', 'unit_features', 'class_centroids', 'centroid_rule', 'confid
 
 # %% ../../nbs/library/measure/01_selection.ipynb #8a3e2613
 import numpy as np
-import pandas as pd
 
 from ..core import HistoDiffusionError
 
@@ -160,8 +159,9 @@ def selection_report(
     centroids:np.ndarray|None=None, # (K, D)
     probabilities:np.ndarray|None=None, # (M, K)
     threshold:float=.9, # lowest posterior of the target that is kept, 0 < threshold <= 1
-) -> pd.DataFrame: # class, generated, passed_*, kept, median_distance, median_confidence
+): # DataFrame with columns class, generated, passed_*, kept, median_distance, median_confidence
     "Patches generated, passed and kept of each class, under each rule whose evidence is given."
+    import pandas as pd
     frame = pd.DataFrame({"class": pd.Categorical.from_codes(targets, list(classes)), "generated": 1})
     if features is not None:
         frame["passed_centroid"], frame["median_distance"] = centroid_rule(features, targets, centroids)
