@@ -22,7 +22,7 @@ def stained_pixels(
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise HistoDiffusionError(f"Stain needs colour patches, (N, H, W, 3) uint8, not {images.shape} {images.dtype}: "
-                                  "use a set with three channels.")
+                                  "grey patches have no stain.")
     return (-np.log((images + 1.)/240) >= .15).all(-1)
 
 # %% ../../nbs/library/data/10_stain.ipynb #216d36ed
