@@ -238,8 +238,12 @@ def toctree(names: list, caption: str = "") -> str:
 
 def rows_of(paths: list, home: str) -> str:
     "Table of notebooks with their descriptions; links are relative to the folder `home`."
-    rows = [(*title(p), p.relative_to(NBS / home)) for p in paths]
-    return "| | |\n|---|---|\n" + "\n".join(f"| [{name}]({path}) | {cross_link(what)} |" for name, what, path in rows)
+    rows = []
+    for p in paths:
+        name, what = title(p)
+        what = cross_link(what).replace("|", "\\|")  # a vertical bar would end the table's cell
+        rows.append(f"| [{name}]({p.relative_to(NBS / home)}) | {what} |")
+    return "| | |\n|---|---|\n" + "\n".join(rows)
 
 
 def overview(folder: str) -> list:
