@@ -22,8 +22,8 @@ from ..measure.selection import RULES
 # %% ../../nbs/library/study/01_profiles.ipynb #f2b3ce2a
 Count = Annotated[int, Field(gt=0)]
 CountOrZero = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-PositiveOrZero = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareAboveZero = Annotated[float, Field(gt=0, le=1)]
 Time = Annotated[int, Field(ge=0, le=1000)]
@@ -93,8 +93,8 @@ class AdaptationSettings:
 class SamplingSettings:
     "Sampling with classifier guidance, and selection."
     scheduler: Literal["ddim", "ddpm", "dpmpp", "unipc", "euler", "heun"] = "ddim" # sampler
-    sampler_steps: Count = 8 # U-Net evaluations per patch (NFE), > 0
-    eta: PositiveOrZero = 0. # noise added in sampling: 0 (deterministic DDIM) to 1 (as DDPM)
+    sampler_steps: Annotated[int, Field(gt=0, le=1000)] = 8 # U-Net evaluations per patch (NFE), 1 to 1000
+    eta: Share = 0. # noise added in sampling: 0 (deterministic DDIM) to 1 (as DDPM)
     guidance_scale: PositiveOrZero = 4. # scale s of the classifier guidance, >= 0
     guidance_interval: tuple[Time, Time] = (0, 1000) # times t with guidance, first (inclusive) and last (exclusive)
     start_time: Annotated[int, Field(gt=0, le=1000)] = 1000 # t to start at; < 1000: from noised labelled patches
