@@ -135,18 +135,22 @@ class LabelledLatents:
         self.order = torch.as_tensor(np.tile(order, times))
         return self
 
-    def pick(self, n, generator):
-        "Indices of `n` latents, classes in equal shares, and the latents."
-        def index(c): return self.classes[c][torch.randint(len(self.classes[c]), (), generator=generator)]
-        i = torch.stack([index(c) for c in torch.randint(len(self.classes), (n,), generator=generator).tolist()])
-        return i, self.latents[i].float().to(get_device())
+# %% ../../nbs/library/models/05_latent_classifier.ipynb #7e767f61
+@patch
+def pick(self:LabelledLatents, n, generator):
+    "Indices of `n` latents, classes in equal shares, and the latents."
+    def index(c): return self.classes[c][torch.randint(len(self.classes[c]), (), generator=generator)]
+    i = torch.stack([index(c) for c in torch.randint(len(self.classes), (n,), generator=generator).tolist()])
+    return i, self.latents[i].float().to(get_device())
 
-    def draw(self, n, generator):
-        "`n` latents and their classes."
-        i, z = self.pick(n, generator)
-        return z, self.labels[i].to(z.device)
+@patch
+def draw(self:LabelledLatents, n, generator):
+    "`n` latents and their classes."
+    i, z = self.pick(n, generator)
+    return z, self.labels[i].to(z.device)
 
-    def __call__(self, n, generator): return self.pick(n, generator)[1]
+@patch
+def __call__(self:LabelledLatents, n, generator): return self.pick(n, generator)[1]
 
 # %% ../../nbs/library/models/05_latent_classifier.ipynb #e7ad7a56
 def classifier_loss(

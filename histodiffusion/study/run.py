@@ -6,7 +6,7 @@
 __all__ = ['Run', 'full_name', 'prior_sets', 'slug']
 
 # %% ../../nbs/library/study/04_run.ipynb #38a6397d
-import os, re
+import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -227,5 +227,5 @@ def _repr_html_(self:Run):
              "labels": f"{self.settings.label_fraction:.3g} of the training labels",
              "pre-trained on": ", ".join(self.sets), "changed settings": changed or "none",
              "made": f"{len(made)} of {len(STAGES)} stages: {', '.join(made) or 'none'}",
-             "results": os.path.relpath(self.results, load_settings().root)}
+             "results": self.results.relative_to(load_settings().results_path.parent)}
     return card_html(f"{self.target}, seed {self.seed}", facts)

@@ -29,6 +29,8 @@ from ..data.symmetries import d4_images
 from ..measure.image_metrics import frechet_distance, near_copies
 from ..measure.selection import class_centroids, class_spacing, select_patches, selection_report
 from ..measure.statistics import classification_metrics
+
+# %% ../../nbs/library/study/06_steps.ipynb #5a5d8bd6
 from ..models.autoencoder import (
     decode_latents, encode_patches, low_frequency_share, psnr, train_autoencoder)
 from ..models.backbone import (
