@@ -19,8 +19,9 @@ from fastcore.basics import patch
 from ..core import HistoDiffusionError, atomic_path, hash_object, load_settings, progress
 from .catalogue import REGISTRY
 from .packed import content_key
-from .patches import (
-    dataset_fingerprint, dataset_folder, in_hdf5, list_images, load_patches, packed_dataset, read_image, split_patches)
+from histodiffusion.data.patches import (
+    dataset_fingerprint, dataset_folder, in_hdf5, list_images, load_patches, packed_dataset, read_image, short_name,
+    split_patches)
 from .stain import COLOURS, colour_statistics
 from .symmetries import symmetry
 
@@ -74,7 +75,7 @@ def _text(path):
 def _read_files(spec):
     "Rows and thumbnails of the readable images of a folder, and the others with the reason."
     folder, rows, corrupt = dataset_folder(spec), [], []
-    for path in progress(list_images(spec), desc=f"auditing {spec}", unit="image"):
+    for path in progress(list_images(spec), desc=f"auditing {short_name(spec)}", unit="image"):
         file = path.relative_to(folder)
         label = _text(file.parts[0]) if len(file.parts) > 1 else ""
         try:
@@ -95,7 +96,7 @@ def _read_rows(spec, size):
         names = p.names
     else: return _read_files(spec)
     return [_row(Image.fromarray(images[i]), names[i], p.classes[p.labels[i]], images[i].nbytes)
-            for i in progress(range(len(p)), desc=f"auditing {spec}", unit="image")], []
+            for i in progress(range(len(p)), desc=f"auditing {short_name(spec)}", unit="image")], []
 
 # %% ../../nbs/library/data/11_copies.ipynb #36db8bfa
 def _load_scan(path, spec, code):
@@ -236,10 +237,6 @@ def _range(values, unit=""):
     low, high = (values.min(), values.max()) if len(values) else (0, 0)
     return f"{low:g}{unit}" if low == high else f"{low:g}–{high:g}{unit}"
 
-def _short(spec):
-    "A set's name without the path to its folder."
-    return f"folder:{Path(spec[7:]).name}" if spec.startswith("folder:") else spec
-
 @dataclass
 class Audit:
     "What is in a set, and what it repeats."
@@ -248,7 +245,7 @@ class Audit:
 
     @property
     def table(self): return pd.DataFrame([self.summary()])
-    def _repr_html_(self): return self.table.T.rename(columns={0: self.scan.spec}).to_html()
+    def _repr_html_(self): return self.table.T.rename(columns={0: short_name(self.scan.spec)}).to_html()
     def __repr__(self): return "\n".join(f"{k:<18} {v}" for k, v in self.summary().items())
 
 # %% ../../nbs/library/data/11_copies.ipynb #57105a7f
@@ -261,7 +258,7 @@ def summary(self:Audit) -> dict: # a row of the audit's table
     colours = {c: round(float(t[c].mean()), 3) for c in COLOURS}
     if t["mode"].isin(["L", "1", "I;16"]).all(): colours |= dict(haematoxylin=float("nan"), eosin=float("nan"))
     return dict(
-        set=_short(spec), images=len(t), side=_range(t[["width", "height"]].min(axis=1), " px"),
+        set=short_name(spec), images=len(t), side=_range(t[["width", "height"]].min(axis=1), " px"),
         modes=", ".join(sorted(set(t["mode"]))), megabytes=round(t.bytes.sum()/1e6, 1), classes=len(classes),
         per_class=_range(classes), licence=licence, corrupt=len(self.scan.corrupt), exact=int(kinds["exact"]),
         near=int(kinds["near"]), flat=int(t.flat.sum()), flat_pairs=int(kinds["flat"]),
@@ -289,7 +286,7 @@ def audit_pair(
     pairs = find_overlap(a, b)
     kind, copies = pairs.kind.value_counts(), pairs[pairs.kind != "flat"]
     example = f"{copies.file_a.iloc[0]} = {copies.file_b.iloc[0]}" if len(copies) else ""
-    return dict(set_a=_short(a), set_b=_short(b), **{k: int(kind.get(k, 0)) for k in ("exact", "near", "flat")},
+    return dict(set_a=short_name(a), set_b=short_name(b), **{k: int(kind.get(k, 0)) for k in ("exact", "near", "flat")},
                 images_a=copies.file_a.nunique(), images_b=copies.file_b.nunique(), example=example)
 
 # %% ../../nbs/library/data/11_copies.ipynb #d69c9137

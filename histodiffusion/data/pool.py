@@ -11,7 +11,8 @@ from PIL import Image
 
 from ..core import HistoDiffusionError, derive_seed, load_settings, progress
 from .catalogue import REGISTRY
-from .patches import _picture, in_hdf5, list_images, packed_dataset, parse_phantom, read_image
+from .patches import (
+    _picture, in_hdf5, list_images, packed_dataset, parse_phantom, read_image, short_name)
 from .phantom import LABORATORIES
 
 # %% ../../nbs/library/data/09_pool.ipynb #fe7c39aa
@@ -73,7 +74,7 @@ def unlabelled_pool(
         rng = np.random.default_rng(derive_seed("pool", spec, seed))
         packed, left_out = packed_dataset(spec, skip_corrupt), (without or {}).get(spec, ())
         source, per_image = _in_turn(packed, derive_seed("order", spec, seed), left_out), max(1, -(-n//_area(spec)[0]))
-        for j in progress(range(n), desc=f"cutting {spec}", unit="patch"):
+        for j in progress(range(n), desc=f"cutting {short_name(spec)}", unit="patch"):
             if j % per_image == 0: image = _picture(packed[next(source)]).convert("L" if channels == 1 else "RGB")
             side = int(rng.choice(_fields(spec, min(image.size), size)))
             images.append(cut_patch(image, side, size, rng).reshape(size, size, channels))
