@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import write_text
+from ..data.patches import short_name
 from .artefacts import command_of, stage
 from .run import Run, prior_sets
 
@@ -105,7 +106,7 @@ def compare_expected(
 ) -> list: # sentences
     "How the accuracies of a run compare with those that its profile expects."
     expected, lines = run.settings.expected.get(run.target), []
-    if expected is None: return [f"No reference accuracy exists for {run.target}."]
+    if expected is None: return [f"No reference accuracy exists for {short_name(run.target)}."]
     model = replace(run, label_fraction=None, overrides=expected.overrides, pretrain_sets=expected.sets or None,
                     facts={})
     if {*model.sets} != {*run.sets} or model.key("augment") != run.key("augment"):
@@ -124,10 +125,10 @@ def compare_expected(
 def report_head(run:Run) -> str: # Markdown
     "Title of a report, and how the run was made."
     c = run.settings
-    sets = ", ".join(dict.fromkeys((*prior_sets(run), *run.sets)))
+    sets = ", ".join(dict.fromkeys(map(short_name, (*prior_sets(run), *run.sets))))
     prior = f", starting from the published prior `{c.prior}`" if c.prior else ""
-    head = (f"# {run.target} at {c.label_fraction:.3g} of the labels\n\nProfile `{run.profile}`, {len(c.seeds)} seeds, "
-            f"pre-trained on {sets}{prior}.\n")
+    head = (f"# {short_name(run.target)} at {c.label_fraction:.3g} of the labels\n\n"
+            f"Profile `{run.profile}`, {len(c.seeds)} seeds, pre-trained on {sets}{prior}.\n")
     if run.profile != "smoke": return head
     return head + ("\nThis profile shows that the chain runs; its numbers mean little. `--profile small` gives an "
                    "answer, in hours.\n")

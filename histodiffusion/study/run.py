@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from ..core import HistoDiffusionError, card_html, hash_object, load_settings, read_json
 from ..data.catalogue import REGISTRY
-from ..data.patches import dataset_channels, dataset_fingerprint, parse_phantom
+from ..data.patches import dataset_channels, dataset_fingerprint, parse_phantom, short_name
 from ..data.pool import default_pretraining
 from .prior import is_published, published_prior, settings_of_prior
 from .profiles import get_profile
@@ -225,7 +225,7 @@ def _repr_html_(self:Run):
     changed = ", ".join(f"{k} = {v}" for k, v in self.overrides.items())
     facts = {"profile": f"{self.profile}: {self.settings.description}",
              "labels": f"{self.settings.label_fraction:.3g} of the training labels",
-             "pre-trained on": ", ".join(self.sets), "changed settings": changed or "none",
+             "pre-trained on": ", ".join(map(short_name, self.sets)), "changed settings": changed or "none",
              "made": f"{len(made)} of {len(STAGES)} stages: {', '.join(made) or 'none'}",
              "results": self.results.relative_to(load_settings().results_path.parent)}
-    return card_html(f"{self.target}, seed {self.seed}", facts)
+    return card_html(f"{short_name(self.target)}, seed {self.seed}", facts)
