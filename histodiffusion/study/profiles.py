@@ -32,7 +32,7 @@ Time = Annotated[int, Field(ge=0, le=1000)]
 @dataclass(frozen=True)
 class DataSettings:
     "Data and labels."
-    image_size: Count = 32 # side of every patch, px, a multiple of 16
+    image_size: Count = 32 # side of every patch, px; the networks halve it at each level
     stain: Literal["none", "macenko"] = "none" # macenko: colour patches are normalised to one reference stain
     pretrain_patches: Count = 1800 # unlabelled patches in the pre-training pool, > 0
     label_fraction: ShareAboveZero = .1 # share of the training labels that is used, > 0, <= 1
@@ -45,13 +45,13 @@ class AutoencoderSettings:
     prior: str = "" # published prior to start from, a folder of results/weights; empty: train one
     prior_part: Literal["whole", "autoencoder"] = "whole" # autoencoder: its U-Net is replaced by random weights
     prior_steps: CountOrZero = 0 # steps that continue the training of its U-Net on the pool of this run, >= 0
-    autoencoder_channels: tuple[Count, ...] = (32, 64) # width at f = 2, 4, ...; f = 2^levels
+    autoencoder_channels: tuple[Count, ...] = (32, 64) # width at f = 2, 4, ..., multiples of 4; f = 2^levels
     autoencoder_layers: Count = 1 # residual blocks per level, > 0
     latent_channels: Count = 6 # channels of a latent of colour patches, > 0
     latent_channels_grey: Count = 2 # the same for grey patches, > 0
     autoencoder_steps: Count = 120 # optimiser steps, > 0
     autoencoder_batch: Count = 8 # crops per step, > 0
-    autoencoder_crop: Count = 32 # side of the training crops, px, <= image_size
+    autoencoder_crop: Count = 32 # side of the training crops, px, <= image_size, a multiple of f
     autoencoder_lr: Positive = 2e-3 # peak learning rate, > 0
     perceptual: Literal["lite0", "lpips", "none"] = "lite0" # perceptual distance: packaged, or LPIPS (downloaded once)
     perceptual_weight: PositiveOrZero = .1 # weight of the perceptual distance, >= 0
@@ -65,7 +65,7 @@ class AutoencoderSettings:
 @dataclass(frozen=True)
 class PriorSettings:
     "The diffusion prior, trained without labels."
-    unet_channels: tuple[Count, ...] = (32, 64) # width of each level of the U-Net
+    unet_channels: tuple[Count, ...] = (32, 64) # width of each level of the U-Net, multiples of 16; last one >= 32
     unet_layers: Count = 1 # residual blocks per level, > 0
     unet_attention: tuple[bool, ...] = (False, True) # self-attention at each level
     prediction: Literal["epsilon", "v_prediction"] = "epsilon" # what the U-Net predicts
@@ -180,6 +180,20 @@ class Profile(*reversed(SECTIONS)):
     def __post_init__(self):
         for problem in _problems(self): raise ValueError(problem)
 
+# %% ../../nbs/library/study/01_profiles.ipynb #ffa678b6
+def _network_problems(p):
+    "Widths and crops that the networks cannot take."
+    unet, f, ae = p.unet_channels, 2**len(p.autoencoder_channels), p.autoencoder_channels
+    groups, ratios = min((16, *unet)), [max(a, b)/min(a, b) for a, b in zip(ae, ae[1:])]
+    attended = [width for width, attends in zip(unet, p.unet_attention) if attends] + [*unet[-1:]]
+    return {
+        f"autoencoder_crop must be a multiple of {f}, since the autoencoder halves it": p.autoencoder_crop % f,
+        f"unet_channels must be multiples of {groups}": any(width % groups for width in unet),
+        "unet_channels must be 32 or more where there is attention, and at the last level":
+            min(attended, default=32) < 32,
+        "autoencoder_channels must be multiples of 4, each 1, 2 or 4 times its neighbour or the reverse":
+            any(width % 4 for width in ae) or not {1, 2, 4}.issuperset(ratios)}
+
 # %% ../../nbs/library/study/01_profiles.ipynb #b1d1c018
 def _problems(p):
     "What is wrong with a combination of settings, one sentence each."
@@ -195,7 +209,7 @@ def _problems(p):
         "autoencoder_crop must be at most image_size": p.autoencoder_crop > p.image_size,
         f"image_size must be a multiple of {2**max(halvings, 0)}, since the networks halve it {halvings} times":
             p.image_size % 2**max(halvings, 0)}
-    return [sentence for sentence, found in wrong.items() if found]
+    return [sentence for sentence, found in (wrong | _network_problems(p)).items() if found]
 
 # %% ../../nbs/library/study/01_profiles.ipynb #0c455837
 def _read_presets():
@@ -221,7 +235,7 @@ def get_profile(
     _check_names(overrides)
     try: return replace(PROFILES[name], **overrides)
     except ValidationError as e:
-        raise HistoDiffusionError(f"Profile '{name}' cannot run: {'; '.join(map(_sentence, e.errors()))}.") from None
+        raise HistoDiffusionError(f"These settings cannot run: {'; '.join(map(_sentence, e.errors()))}.") from None
 
 # %% ../../nbs/library/study/01_profiles.ipynb #50e80446
 def _check_names(overrides):
@@ -234,5 +248,5 @@ def _check_names(overrides):
 
 def _sentence(error):
     "One mistake that pydantic found, in a clause."
-    where, what = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
-    return f"{where} is {error['input']!r}: {what[0].lower()}{what[1:]}" if where else what
+    what = error["msg"].removeprefix("Value error, ")
+    return f"{error['loc'][0]} is {error['input']!r}: {what[0].lower()}{what[1:]}" if error["loc"] else what
