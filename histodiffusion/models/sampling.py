@@ -177,6 +177,8 @@ def _finish(batch, unet, guidance, config, rejection, found):
         found["posteriors"][batch.slots, k] = p
         batch = _take(batch, ~(p < rejection.thresholds[k]))
         if not len(batch.z): return 0
+    if not batch.z.isfinite().all():
+        raise HistoDiffusionError("The samples are not finite: lower the guidance scale, or use more steps.")
     found["latents"][batch.slots], found["done"][batch.slots] = batch.z.cpu(), True
     if p is not None: found["confidence"][batch.slots] = p
     return len(batch.z)
