@@ -116,7 +116,7 @@ def export_synthetic(
     if folder.exists(): raise HistoDiffusionError(f"{folder} exists: name a new folder, or remove it first.")
     rows = synthetic_metadata(run, adaptation)
     if selected: rows = rows[rows.selected]
-    if not len(rows): raise HistoDiffusionError("The selection kept no patch of this run: export all of them instead.")
+    if not len(rows): raise HistoDiffusionError("The selection kept no patch of this run: export all with --all.")
     images = read_synthetic(run, adaptation)["images"]
     with atomic_path(folder) as new:
         for i, name in progress(list(rows.file_name.items()), desc="writing patches", unit="patch"):

@@ -72,7 +72,7 @@ def _reading(path):
     try: yield
     except Exception as e:
         why = " ".join(str(e).split()) or type(e).__name__
-        raise HistoDiffusionError(f"{path} cannot be read ({why}): repair or remove it, or pass skip_corrupt.") from e
+        raise HistoDiffusionError(f"{path} cannot be read ({why}): repair or remove it, or pass --skip-corrupt.") from e
 
 # %% ../../nbs/library/data/13_slides.ipynb #f465c423
 def _open_image(path):
@@ -99,7 +99,7 @@ def open_slide(
         else: reader, properties = _open_image(path)
     mpp, (w, h) = _mpp(properties) or mpp_of_file, reader.dimensions
     if mpp is None:
-        raise HistoDiffusionError(f"{path} states no μm/px: pass mpp_of_file (usually 0.25 at 40x, 0.5 at 20x).")
+        raise HistoDiffusionError(f"{path} states no μm/px: give mpp_of_file (--mpp-of-file), often 0.25 or 0.5.")
     if max(w, h) > 2_000_000 or w*h > 2e11:
         raise HistoDiffusionError(f"{path} claims {w} x {h} px, more than any scanner makes: repair or remove it.")
     return Slide(reader, path, mpp, (w, h))
