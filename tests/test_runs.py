@@ -181,25 +181,46 @@ class Recorder:
         return getattr(self.own, name)
 
 
-def test_stages_read_only_the_settings_that_their_keys_cover(project, monkeypatch):
-    read, plain = {}, artefacts.as_made
+@pytest.fixture
+def read(monkeypatch):
+    "Stage -> names of the settings that it reads while it is made."
+    found, plain = {}, artefacts.as_made
 
     def recorded(run, name):
-        made = plain(run, name)
-        vars(made)["settings"] = Recorder(made.settings, read.setdefault(name, set()))
+        made = plain(Run(**run.parameters), name)
+        vars(made)["settings"] = Recorder(made.settings, found.setdefault(name, set()))
         return made
 
     monkeypatch.setenv("HISTODIFFUSION_PROGRESS", "off")
-    monkeypatch.setattr(artefacts, "as_made", lambda run, name: recorded(Run(**run.parameters), name))
+    monkeypatch.setattr(artefacts, "as_made", recorded)
+    return found
+
+
+def uncovered(read):
+    "Settings that stages have read and that their keys do not cover."
+    everywhere = {"prior", "prior_part", "prior_steps", "seeds", "settings"}  # they say where other stages are
+    extra = {name: names - stage_settings(name) - everywhere for name, names in read.items()}
+    return {name: names for name, names in extra.items() if names}
+
+
+def test_stages_read_only_the_settings_that_their_keys_cover(project, read):
     tiny = dict(pretrain_patches=90, autoencoder_steps=2, diffusion_steps=2, finetune_steps=2, classifier_steps=2,
                 sampler_steps=2, samples_per_class=2, backbone_steps=2, teacher_steps=2, oracle_steps=2, gan_steps=2,
                 conditional_steps=2, seeds=[0], selection_rule="confidence", selection_threshold=.01)  # fmt: skip
     run = Run("smoke", "phantom:target:180", overrides=tiny)
     for name in ("table_3", "quality", "compare"):
         make_stage(run, name)
-    everywhere = {"prior", "prior_part", "prior_steps", "seeds", "settings"}  # where other stages are
-    assert {name: names - stage_settings(name) - everywhere for name, names in read.items()} == {n: set() for n in read}
+    assert uncovered(read) == {}
     assert "autoencoder_steps" in read["autoencoder"] and len(read) > 10
+
+
+def test_a_setting_that_a_key_does_not_cover_would_be_found(project, read):
+    @stage("target_data")
+    def target_data(run, folder):
+        return dict(images=run.settings.image_size, steps=run.settings.guidance_scale)
+
+    target_data(Run("smoke"))
+    assert uncovered(read) == {"target_data": {"guidance_scale"}}
 
 
 def test_every_stage_has_a_function_and_a_notebook():
