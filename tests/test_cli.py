@@ -39,6 +39,10 @@ def results(tmp_path, monkeypatch):
     (["adapt", "--label-fraction", "2"], "label_fraction is 2.0: input should be less than or equal to 1"),
     (["adapt", "--classifier-steps", "0"], "classifier_steps is 0: input should be greater than 0"),
     (["adapt", "--selection-rule", "best"], "selection_rule must be one of"),
+    (["adapt", "--eta", "2"], "eta is 2.0: input should be less than or equal to 1"),
+    (["adapt", "--guidance-scale", "inf"], "guidance_scale is inf: input should be a finite number"),
+    (["adapt", "--unet-channels", "7", "13"], "unet_channels must be multiples of 7"),
+    (["adapt", "--dataset", "folder:"], "no path after 'folder:'"),
     (["data", "fetch"], "needs the NAME of one set"),
     (["data", "list", "pcam"], "takes no NAME"),
     (["reproduce", "--cores", "-1"], "--cores is -1"),
@@ -118,7 +122,13 @@ def test_settings_lists_every_setting_with_its_comment(capsys):
     said = capsys.readouterr().out
     for name in Profile().settings():
         assert f"--{name.replace('_', '-')}  " in said, name
-    assert "px, a multiple of 16" in said and "None" not in said
+    assert "px; the networks halve it at each level" in said and "None" not in said
+
+
+def test_a_typed_setting_is_kept_from_the_prior_even_at_the_value_of_the_preset(capsys):
+    assert main(["adapt", "--prior", "open-grey-64", "--image-size", "32", "--dry-run"]) == 2
+    assert "was trained with image_size = 64" in capsys.readouterr().err
+    assert parse(["adapt", "--image-size=32"]).make().overrides == dict(image_size=32)
 
 
 def test_options_become_the_run():
@@ -147,7 +157,7 @@ def test_interrupt_says_that_the_run_resumes(capsys, monkeypatch):
 
     monkeypatch.setattr("histodiffusion.app.cli.parse", interrupted)
     assert main(["reproduce"]) == 130
-    assert "continues where this one stopped" in capsys.readouterr().err
+    assert "continues from the last checkpoint" in capsys.readouterr().err
 
 
 def test_module_runs_as_a_command():

@@ -33,6 +33,7 @@ class RunOptions:
     classifiers: OmitArgPrefixes[profiles.BackboneSettings] = profiles.BackboneSettings()
     baselines: OmitArgPrefixes[profiles.BaselineSettings] = profiles.BaselineSettings()
     ablations: OmitArgPrefixes[profiles.AblationSettings] = profiles.AblationSettings()
+    typed: tyro.conf.Suppress[tuple[str, ...]] = () # settings that were typed, also where the preset has the same value
 
     def make(self):
         "The run that the options describe."
@@ -40,9 +41,9 @@ class RunOptions:
 
         preset = profiles.get_profile(self.profile).settings()
         sections = [getattr(self, f.name) for f in fields(self)[6:14]]
-        given = {f.name: getattr(s, f.name) for s in sections for f in fields(s)}
+        values = {f.name: getattr(s, f.name) for s in sections for f in fields(s)}
         run = Run(self.profile, self.dataset, self.pretrain_sets or None, skip_corrupt=self.skip_corrupt,
-                  overrides={k: v for k, v in given.items() if v != preset[k]},
+                  overrides={k: v for k, v in values.items() if k in self.typed or v != preset[k]},
                   allow_leakage=self.allow_leakage, skip_leaks=self.skip_leaks)  # fmt: skip
         return run.with_seed(run.settings.seeds[0])
 
@@ -134,12 +135,12 @@ class Tile:
 
     source: Positional[str] # a slide or large image, or a folder of them
     out: str # folder for patches and manifest.csv; a second call continues
-    mpp: float = 0.5 # resolution of the patches, μm/px, > 0
-    size: int = 224 # side of the patches, px, > 0
+    mpp: float = 0.5 # resolution of the patches, μm/px, 0.05 to 100
+    size: int = 224 # side of the patches, px, 8 to 8192
     tissue: float = 0.5 # least share of tissue in a patch, 0 to 1
     overlap: int = 0 # px that neighbours share, >= 0
-    mpp_of_file: float | None = None # μm/px of the files, where they do not say
-    max_patches: int | None = None # most patches per slide, drawn at random
+    mpp_of_file: float | None = None # μm/px of the files, where they do not state it, 0.05 to 20
+    max_patches: int | None = None # most patches per slide, drawn at random, > 0
     seed: int = 0 # of that draw, >= 0
     skip_corrupt: bool = False # name slides that cannot be read and go on
 
@@ -223,6 +224,7 @@ def parse(argv: list[str]):
     preset = profiles.get_profile(profile or load_settings().profile)  # refuses an unknown one
     pick = lambda section: section(**{f.name: getattr(preset, f.name) for f in fields(section)})  # noqa: E731
     defaults = dict(zip([f.name for f in fields(RunOptions)[6:]], map(pick, profiles.SECTIONS)), profile=preset.name)
+    defaults["typed"] = tuple(word.partition("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--"))
 
     def subcommand(name, c, text):
         if name in argv[:1]: # the list of commands stays short
@@ -257,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"histodiffusion: {e.strerror or e}{where}: check that the folder can be written.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nhistodiffusion: interrupted; the same command continues where this one stopped.", file=sys.stderr)
+        print("\nhistodiffusion: interrupted; the same command continues from the last checkpoint.", file=sys.stderr)
         return 130
 
 

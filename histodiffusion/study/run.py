@@ -51,6 +51,7 @@ def full_name(
 ) -> str: # the same; folders become absolute
     "A data set's name, checked."
     if dataset.startswith("phantom:"): parse_phantom(dataset)
+    elif dataset == "folder:": raise HistoDiffusionError("There is no path after 'folder:': give folder:PATH.")
     elif dataset.startswith("folder:"): return f"folder:{Path(dataset[7:]).expanduser().resolve()}"
     elif dataset not in REGISTRY:
         raise HistoDiffusionError(f"Unknown data set '{dataset}': use phantom:LABORATORY, folder:PATH or one of "

@@ -59,9 +59,9 @@ def table_1(run:Run, folder:Path):
     table = summarise_methods(rows, read_correct([(s, r) for s, r in run.inputs("table_1")]))
     save_figure(figures.plot_gain(table), run.figures/"gain")
     write_table(table, run.results/"table_1",
-                f"Test split of {short_name(run.target)} at {run.settings.label_fraction:.3g} of the labels, {n} seeds; "
-                "gains over `real` and over `standard_augmentation` (gain_std) with 95 % intervals over seeds and test "
-                "patches, p-values after Holm.")
+                f"Test split of {short_name(run.target)} at {run.settings.label_fraction:.3g} of the labels, {n} "
+                "seeds; gains over `real` and over `standard_augmentation` (gain_std) with 95 % intervals over seeds "
+                "and test patches, p-values after Holm.")
     runs = [r for s, r in run.inputs("table_1") if s == "augment"]
     for name, caption in dict(adaptation="Guidance alone and fine-tuned prior with guidance, a row per seed.",
                               selection="Candidates that passed each rule, by class and seed.").items():
