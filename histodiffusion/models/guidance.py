@@ -47,6 +47,8 @@ class Guidance:
 
     def acts(self, t): return self.interval[0] <= float(t) < self.interval[1]
 
+    def evaluations(self, t): return 1  # of the U-Net at a time, for each sample
+
     def __call__(self, unet, x, t, labels, alpha_bar, prediction_type):
         "Prediction (B, C, h, w), and p(y | z_t, t), (B,), or None."
         return _predict(unet, x, t, labels), None
@@ -82,11 +84,13 @@ class ClassifierFreeGuidance(Guidance):
     ):
         super().__init__(scale, interval)
 
+    def evaluations(self, t): return 2 if self.scale != 1 and self.acts(t) else 1
+
     def __call__(self, unet, x, t, labels, alpha_bar, prediction_type):
         classes = getattr(unet.config, "num_class_embeds", None)
         if not classes:
             raise HistoDiffusionError("This U-Net is not class-conditional: make it with `conditional_unet`.")
-        if self.scale == 1 or not self.acts(t): return _predict(unet, x, t, labels), None
+        if self.evaluations(t) == 1: return _predict(unet, x, t, labels), None
         null = torch.full_like(labels, classes - 1)  # the last class means none
         without, given = _predict(unet, torch.cat([x, x]), t, torch.cat([null, labels])).chunk(2)
         return without + self.scale*(given - without), None

@@ -40,7 +40,7 @@ class GaussianMixture(torch.nn.Module):
 # %% ../../nbs/library/models/06_mixture.ipynb #a5eee486
 @patch
 def _coordinates(self:GaussianMixture, z, t):
-    "u and λ of (4), both (B, K, D), and ᾱ, (B or 1, 1, 1)."
+    "z_t in the axes of each class and its variances there, both (B, K, D), and ᾱ, (B or 1, 1, 1)."
     t = torch.as_tensor(t, device=self.means.device, dtype=torch.float64).reshape(-1)
     i, j = t.floor().long(), t.ceil().long()
     a = self.log_snr[i].lerp(self.log_snr[j], t - i).sigmoid()[:, None, None]
@@ -52,7 +52,7 @@ def log_joint(self:GaussianMixture,
     z:torch.Tensor, # (B, C, h, w) noisy latents
     t, # time, 0 .. T - 1; a number or (B,); between whole times log SNR is interpolated
 ) -> torch.Tensor: # (B, K)
-    "log p(z_t, k), the logits of the best classifier (3)."
+    "log p(z_t, k), the logits of the best classifier."
     u, variances, _ = self._coordinates(z, t)
     return self.log_weights - .5*(u.square()/variances + (2*torch.pi*variances).log()).sum(-1)
 
@@ -72,7 +72,7 @@ def score(self:GaussianMixture,
 # %% ../../nbs/library/models/06_mixture.ipynb #03117cef
 @patch
 def forward(self:GaussianMixture, x, t, class_labels=None):
-    "The noise (or v) that the best network predicts (2), in the form of diffusers' U-Nets."
+    "The noise (or v) that the best network predicts, in the form of diffusers' U-Nets."
     a = self._coordinates(x, t)[2][..., None]
     noise = -(1 - a).sqrt()*self.score(x, t, class_labels)
     if self.schedule.config.prediction_type == "v_prediction": noise = (noise - (1 - a).sqrt()*x)/a.sqrt()
@@ -99,7 +99,7 @@ def draw(self:GaussianMixture,
 
 # %% ../../nbs/library/models/06_mixture.ipynb #0dcda40f
 class MixtureClassifier(torch.nn.Module):
-    "The mixture's posterior (3) in place of a `LatentClassifier`."
+    "The mixture's posterior in place of a `LatentClassifier`."
     def __init__(self, mixture:GaussianMixture):
         super().__init__()
         self.mixture, self.config = mixture, mixture.config

@@ -131,6 +131,8 @@ def guided_sample(
 ) -> torch.Tensor: # (B, C, h, w) latents on the CPU
     "Sample one batch of latents of target classes."
     seeds = [derive_seed(config.seed, i) for i in range(len(labels))] if seeds is None else seeds
+    if len(seeds) != len(labels):
+        raise HistoDiffusionError(f"{len(seeds)} seeds for {len(labels)} samples: give one for each.")
     batch = _begin(unet, config, labels, seeds, np.arange(len(labels)))
     return _advance(batch, unet, guidance or Guidance(), config, None, callback).z.cpu()
 
@@ -163,6 +165,11 @@ class Rejection:
     thresholds: tuple = (.1, .3) # least posterior of the target class at each
     max_attempts: int = 20 # samples begun for each wanted one of a class, before giving up
 
+    def __post_init__(self):
+        shares = (0, *self.checkpoints, 1)
+        if len(self.checkpoints) != len(self.thresholds) or any(a >= b for a, b in zip(shares, shares[1:])):
+            raise HistoDiffusionError("Checkpoints must rise between 0 and 1, with one threshold each.")
+
 # %% ../../nbs/library/models/09_sampling.ipynb #200c33df
 def _finish(batch, unet, guidance, config, rejection, found):
     "Sample a batch to the end, less what is dropped at the checkpoints, and enter the results in `found`."
@@ -170,7 +177,7 @@ def _finish(batch, unet, guidance, config, rejection, found):
     shares = (*(rejection.checkpoints if rejection else ()), 1)
     for k, share in enumerate(shares):
         until = round(share*steps)
-        found["evaluations"] += len(batch.z)*max(0, until - batch.step)
+        found["evaluations"] += len(batch.z)*sum(map(guidance.evaluations, batch.scheduler.timesteps[batch.step:until]))
         _advance(batch, unet, guidance, config, until)
         p = None if classifier is None else _posterior(classifier, batch, config.precision)
         if share == 1: break
@@ -207,6 +214,7 @@ def draw_latents(
             batch = _begin(unet, config, labels[slots], seeds, slots, start)
             bar.update(_finish(batch, unet, guidance, config, rejection, found))
     bar.close()
+    found.pop("done")
     drawn = int(found["attempts"].sum())
     return found | dict(drawn=drawn, rejected=drawn - len(labels))
 

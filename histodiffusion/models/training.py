@@ -60,6 +60,8 @@ def learning_rate_factor(
     "Share of the peak learning rate at a step."
     if step < config.warmup: return (step + 1)/(config.warmup + 1)
     if config.schedule == "constant": return 1.
+    if config.schedule != "cosine":
+        raise HistoDiffusionError(f"Unknown schedule '{config.schedule}': use cosine or constant.")
     return .5*(1 + math.cos(math.pi*(step - config.warmup)/max(1, config.steps - config.warmup)))
 
 # %% ../../nbs/library/models/01_training.ipynb #b251f356
@@ -159,23 +161,35 @@ def _resume(loop):
     meta = read_json(loop.folder/"checkpoint.json")
     if meta["config"] != hash_object(vars(loop.config)): return
     loop.step, loop.history, loop.seconds = meta["step"], meta["history"], meta["seconds"]
+    if meta.get("scaler"): loop.scaler.load_state_dict(meta["scaler"])
     _restore(load_tensors(loop.folder/f"checkpoint-{loop.step}.safetensors"), loop.network, loop.ema, loop.optimizer)
     if loop.ema: loop.ema.optimization_step = loop.step
+
+# %% ../../nbs/library/models/01_training.ipynb #51c7e0d4
+def _accelerator(folder, project):
+    "Accelerate, with the experiment tracker of the settings if they name one."
+    from accelerate import Accelerator
+    name, place = load_settings().tracker, folder or load_settings().results_path
+    none = name == "none"
+    with contextlib.suppress(ValueError):  # a name that Accelerate does not know
+        accelerator = Accelerator(mixed_precision="no", log_with=None if none else name, project_dir=str(place))
+        accelerator.init_trackers(project)
+        if none or accelerator.trackers: return accelerator
+    raise HistoDiffusionError(f"The experiment tracker '{name}' is unknown or not installed: install it, or set "
+                              "'tracker = none' in settings.ini.")
 
 # %% ../../nbs/library/models/01_training.ipynb #a504d97f
 class _Loop:
     "The state of one run: model, optimiser, average, history; continued from a checkpoint of the same settings."
-    def __init__(self, model, config, folder):
-        from accelerate import Accelerator
+    def __init__(self, model, config, folder, desc):
         from diffusers.training_utils import EMAModel
         keep_freed_memory()
         torch.backends.cudnn.benchmark = True  # shapes stay the same, step after step
         self.config, self.folder = config, Path(folder) if folder else None
         self.precision = choose_precision(config.precision)
-        tracker, scaled = load_settings().tracker, "fp16" if self.precision == "fp16" else "no"  # bf16 needs no scaling
-        self.accelerator = Accelerator(mixed_precision=scaled, log_with=None if tracker == "none" else tracker,
-                                       project_dir=folder and str(folder))
+        self.accelerator = _accelerator(folder, desc)
         device = self.accelerator.device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")  # bf16 needs no scaling
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.params = [p for p in model.to(memory_format=layout).parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(self.params, lr=config.learning_rate, weight_decay=config.weight_decay,
@@ -194,8 +208,9 @@ def _save(loop, seconds):
     "Write a checkpoint: the tensors first, then the small file that names them, then remove the older one."
     state = _checkpoint(loop.network, loop.ema, loop.optimizer.optimizer)
     new = save_tensors(loop.folder/f"checkpoint-{loop.step}.safetensors", state)
-    write_json(loop.folder/"checkpoint.json", dict(step=loop.step, history=loop.history, seconds=seconds,
-                                                   config=hash_object(vars(loop.config))))
+    write_json(loop.folder/"checkpoint.json", dict(
+        step=loop.step, history=loop.history, seconds=seconds, config=hash_object(vars(loop.config)),
+        scaler=loop.scaler.state_dict()))
     for old in loop.folder.glob("checkpoint-*.safetensors"):
         if old != new: old.unlink()
     loop.saved = time.monotonic()
@@ -208,9 +223,11 @@ def _step(loop, loss):
     rate = config.learning_rate*learning_rate_factor(loop.step, config)
     for g in loop.optimizer.param_groups: g["lr"] = rate
     with mixed_precision(loop.precision): value, extra = loss(loop.model, torch.Generator().manual_seed(seed))
-    loop.accelerator.backward(value)
+    loop.accelerator.backward(loop.scaler.scale(value))
+    loop.scaler.unscale_(loop.optimizer.optimizer)
     loop.accelerator.clip_grad_norm_(loop.params, 1.)
-    loop.optimizer.step()
+    loop.scaler.step(loop.optimizer.optimizer)
+    loop.scaler.update()
     loop.optimizer.zero_grad()
     if loop.ema: loop.ema.step(loop.params)
     loop.step += 1
@@ -225,7 +242,7 @@ def fit(
     desc:str="training", # for the progress bar
 ) -> Fit:
     "Train a model with AdamW, resumable, and return its averaged weights."
-    loop = _Loop(model, config, folder)
+    loop = _Loop(model, config, folder, desc)
     loop.model.train()
     start = time.monotonic() - loop.seconds
     bar = progress(total=config.steps, initial=loop.step, desc=desc, unit="step")
@@ -233,6 +250,7 @@ def fit(
         row = _step(loop, loss)
         if loop.step % config.log_every == 0 or loop.step == config.steps:
             loop.history.append(row := {k: float(v) for k, v in row.items()})
+            loop.accelerator.log(row, step=loop.step)
             if not math.isfinite(row["loss"]):
                 raise HistoDiffusionError(f"{desc}: the loss is {row['loss']} at step {loop.step}: lower the learning "
                                           "rate.")
@@ -241,6 +259,7 @@ def fit(
         due = loop.step == config.steps or time.monotonic() - loop.saved > config.checkpoint_seconds
         if loop.folder and due: _save(loop, time.monotonic() - start)
     bar.close()
+    for tracker in loop.accelerator.trackers: tracker.finish()
     if loop.ema: loop.ema.copy_to(loop.params)
     return Fit(loop.network.eval().requires_grad_(True), loop.history, time.monotonic() - start, loop.precision)
 

@@ -21,7 +21,7 @@ from ..measure.image_metrics import image_quality, near_copies
 from ..measure.selection import select_patches
 from ..measure.statistics import classification_metrics
 from ..models.backbone import BackboneConfig, build_backbone, predict, train_backbone
-from ..models.baselines import colour_features, linear_probe, sample_gan, train_gan
+from ..models.baselines import GAN_BATCH, colour_features, linear_probe, sample_gan, train_gan
 from ..models.conditional import train_conditional
 from ..models.diffusion import build_unet, noise_schedule
 from ..models.encoders import encode_images, encoder_names, load_encoder
@@ -76,7 +76,7 @@ def baselines(run:Run, folder:Path):
         if (path := folder/f"{name}.safetensors").exists(): continue  # made by an earlier attempt
         images, seconds = draw(run, labelled, labels, folder)
         save_tensors(path, dict(images=images, labels=labels), dict(seconds=round(seconds, 1)))
-    drawn, seen = len(GENERATORS)*len(labels), 32*c.gan_steps + 2*c.conditional_steps*c.diffusion_batch
+    drawn, seen = len(GENERATORS)*len(labels), GAN_BATCH*c.gan_steps + 2*c.conditional_steps*c.diffusion_batch
     return dict(steps=c.gan_steps + 2*c.conditional_steps, images=seen + drawn)
 
 # %% ../../nbs/library/study/07_compare.ipynb #4df2bad1
