@@ -41,6 +41,8 @@ def results(tmp_path, monkeypatch):
     (["adapt", "--selection-rule", "best"], "selection_rule must be one of"),
     (["adapt", "--eta", "2"], "eta is 2.0: input should be less than or equal to 1"),
     (["adapt", "--guidance-scale", "inf"], "guidance_scale is inf: input should be a finite number"),
+    (["adapt", "--cfg-scale", "inf"], "cfg_scale is inf: input should be a finite number"),
+    (["adapt", "--dataset", "nowhere", "--allow-leakage"], "Unknown data set 'nowhere'"),
     (["adapt", "--unet-channels", "7", "13"], "unet_channels must be multiples of 7"),
     (["adapt", "--dataset", "folder:"], "no path after 'folder:'"),
     (["data", "fetch"], "needs the NAME of one set"),

@@ -1,5 +1,6 @@
 """Runs, keys and the workflow that is built from them."""
 
+import errno
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -87,6 +89,7 @@ def test_every_setting_changes_the_stages_that_list_it_and_no_earlier_one(projec
         "critic_start": 0.3,
         "cfg_scale": 3.0,
         "ablation_labels": (0.2,),
+        "ablation_schedulers": ("heun",),
         "ablation_thresholds": (0.4,),
     }
     for name, old in Profile().settings().items():
@@ -208,7 +211,7 @@ def test_stages_read_only_the_settings_that_their_keys_cover(project, read):
                 sampler_steps=2, samples_per_class=2, backbone_steps=2, teacher_steps=2, oracle_steps=2, gan_steps=2,
                 conditional_steps=2, seeds=[0], selection_rule="confidence", selection_threshold=.01)  # fmt: skip
     run = Run("smoke", "phantom:target:180", overrides=tiny)
-    for name in ("table_3", "quality", "compare"):
+    for name in ("table_3", "quality", "compare", "sampling_grid", "adaptation_grid", "safety", "figure_2"):
         make_stage(run, name)
     assert uncovered(read) == {}
     assert "autoencoder_steps" in read["autoencoder"] and len(read) > 10
@@ -221,6 +224,27 @@ def test_a_setting_that_a_key_does_not_cover_would_be_found(project, read):
 
     target_data(Run("smoke"))
     assert uncovered(read) == {"target_data": {"guidance_scale"}}
+
+
+def test_a_changed_run_forgets_what_the_first_computed_and_another_seed_shares_it(project):
+    run = Run("smoke")
+    before = run.key("synthesize")
+    assert replace(run, overrides=dict(guidance_scale=9.0)).key("synthesize") != before == run.key("synthesize")
+    assert run.with_seed(1).facts is run.facts
+
+
+def test_a_stage_is_made_where_locks_do_not_work(project, monkeypatch, capsys):
+    def no_locks(lock, **kwargs):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    @stage("target_data")
+    def target_data(run, folder):
+        return {}
+
+    monkeypatch.setattr(artefacts.FileLock, "acquire", no_locks)
+    target_data(Run("smoke"))
+    assert Run("smoke").done("target_data")
+    assert "locks do not work here (No locks available): let one process at a time" in capsys.readouterr().out
 
 
 def test_every_stage_has_a_function_and_a_notebook():

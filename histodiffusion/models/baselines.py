@@ -61,22 +61,21 @@ class Generator(nn.Module):
     def __init__(self,
         n_classes:int, # K
         channels:int=3, # image channels
-        size:int=64, # side of a patch, px, 4 times a power of 2
+        size:int=64, # side of a patch, px, >= 4; it is doubled from 4 to 7 px, or from more where it has an odd factor
         width:int=16, # channels before the last layer
     ):
         super().__init__()
-        levels, noise = (size//4).bit_length() - 1, 64
-        if size != 4*2**levels: raise HistoDiffusionError(f"The GAN cannot draw {size} px patches: use image_size 64.")
+        levels, noise = min((size//4).bit_length(), (size & -size).bit_length()) - 1, 64
         widths = [width*2**min(3, levels - i) for i in range(levels + 1)]
-        self.noise, self.embed = noise, nn.Embedding(n_classes, noise)
-        self.first = nn.Linear(2*noise, 16*widths[0])
+        self.noise, self.embed, self.side = noise, nn.Embedding(n_classes, noise), size//2**levels
+        self.first = nn.Linear(2*noise, self.side**2*widths[0])
         self.blocks = nn.ModuleList(_Block(a, b, 2*noise) for a, b in zip(widths, widths[1:]))
         last = nn.Conv2d(width, channels, 3, padding=1)
         self.last = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), last, nn.Tanh())
 
     def forward(self, noise, y): # (B, 64), (B,) -> (B, C, H, W) in [-1, 1]
         code = torch.cat([noise, self.embed(y)], 1)
-        x = self.first(code).view(len(code), -1, 4, 4)
+        x = self.first(code).view(len(code), -1, self.side, self.side)
         for block in self.blocks: x = block(x, code)
         return self.last(x)
 

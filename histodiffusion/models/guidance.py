@@ -40,7 +40,7 @@ class Guidance:
     "No guidance; the base class of the others."
     classifier = None # (z, t) -> (B, K) logits, for guidance that has one
     def __init__(self,
-        scale:float=1., # s
+        scale:float=2., # s >= 0, of the guidance
         interval:tuple=(0, 1000), # times t at which it acts, from (inclusive) .. to (exclusive)
     ):
         self.scale, self.interval = scale, interval
@@ -77,13 +77,7 @@ class ClassifierGuidance(Guidance):
 
 # %% ../../nbs/library/models/07_guidance.ipynb #526b2f20
 class ClassifierFreeGuidance(Guidance):
-    "Extrapolates from the prediction without the class to that with it (Ho & Salimans 2022)."
-    def __init__(self,
-        scale:float=2., # s; 1: the class, not overweighted
-        interval:tuple=(0, 1000), # times t at which it acts, from (inclusive) .. to (exclusive)
-    ):
-        super().__init__(scale, interval)
-
+    "Extrapolates from the prediction without the class to that with it; scale 1: none (Ho & Salimans 2022)."
     def evaluations(self, t): return 2 if self.scale != 1 and self.acts(t) else 1
 
     def __call__(self, unet, x, t, labels, alpha_bar, prediction_type):

@@ -58,7 +58,7 @@ def sampling_cells(
 ) -> list: # of Cell
     "The grid of a run."
     c = settings
-    base = Cell("", c.scheduler, c.sampler_steps, c.guidance_scale, tuple(c.guidance_interval), eta=c.eta,
+    base = Cell("", c.scheduler, c.sampler_steps, c.guidance_scale, c.guidance_interval, eta=c.eta,
                 precision=c.precision)
     scales = [replace(base, axis="guidance scale", scale=s, classifier=k)
               for k in ("noise_aware", "clean") for s in c.ablation_scales]

@@ -81,6 +81,8 @@ def _locked(path, stage):
     except Timeout:
         print(f"waiting for another process that makes '{stage}'", flush=True)
         lock.acquire()
+    except OSError as e:  # as on some network disks
+        print(f"locks do not work here ({e.strerror or e}): let one process at a time make '{stage}'", flush=True)
     try: yield
     finally: lock.release()
 
@@ -158,8 +160,8 @@ def command_of(
     default = Run(run.profile, run.dataset)
     words = ["histodiffusion", command, "--profile", run.profile, "--dataset", run.target]
     if run.sets != default.sets: words += ["--pretrain-sets", *run.sets]
-    changed = dict(run.overrides)
-    if run.label_fraction not in (None, default.settings.label_fraction): changed["label_fraction"] = run.label_fraction
+    changed, fraction = {k: v for k, v in run.overrides.items() if k != "label_fraction"}, run.settings.label_fraction
+    if fraction != default.settings.label_fraction: changed["label_fraction"] = fraction
     if run.seed and command not in ("evaluate", "reproduce"): changed["seeds"] = [run.seed]
     for name, value in changed.items():
         words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list | tuple) else [value])]

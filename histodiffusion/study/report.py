@@ -107,8 +107,7 @@ def compare_expected(
     "How the accuracies of a run compare with those that its profile expects."
     expected, lines = run.settings.expected.get(run.target), []
     if expected is None: return [f"No reference accuracy exists for {short_name(run.target)}."]
-    model = replace(run, label_fraction=None, overrides=expected.overrides, pretrain_sets=expected.sets or None,
-                    facts={})
+    model = replace(run, label_fraction=None, overrides=expected.overrides, pretrain_sets=expected.sets or None)
     if {*model.sets} != {*run.sets} or model.key("augment") != run.key("augment"):
         return ["The reference accuracies of this profile are for other settings, so nothing is compared. They are "
                 f"those of `{command_of(model, 'reproduce')}`."]

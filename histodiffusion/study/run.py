@@ -34,7 +34,7 @@ class Run:
     skip_corrupt: bool = False # name corrupt images and leave them out, instead of stopping
     allow_leakage: bool = False # go on though pre-training sets repeat test patches of the target
     skip_leaks: bool = False # leave pre-training images that repeat test or validation patches out of the pool
-    facts: dict = field(default_factory=dict, compare=False, repr=False) # what was read from the data; shared by copies
+    facts: dict = field(default_factory=dict, init=False, compare=False, repr=False) # what was read or computed once
 
     def __post_init__(self): _check_run(self)
 
@@ -82,11 +82,11 @@ def _check_run(run):
     if type(run.seed) is not int or run.seed < 0:
         raise HistoDiffusionError(f"seed is {run.seed!r}: give a whole number of 0 or more.")
     if run.settings.prior: _check_prior(run)
-    if run.allow_leakage: return
-    for name in (*run.sets, *prior_sets(run)):
-        if _source(name) != _source(run.target): continue
+    target, sets = run.target, (*run.sets, *prior_sets(run))  # an unknown name is refused
+    for name in () if run.allow_leakage else sets:
+        if _source(name) != _source(target): continue
         remedy = "leave it out of --pretrain-sets" if name in run.sets else "start from another prior"
-        raise HistoDiffusionError(f"Pre-training set '{name}' shares its images with the target '{run.target}', so "
+        raise HistoDiffusionError(f"Pre-training set '{name}' shares its images with the target '{target}', so "
                                   f"test patches would be trained on: {remedy}, or go on with --allow-leakage.")
 
 def _source(dataset):
@@ -119,7 +119,9 @@ def with_seed(self:Run,
     seed:int, # >= 0
 ) -> Run:
     "The same run with another seed."
-    return replace(self, seed=seed)
+    other = replace(self, seed=seed)
+    vars(other)["facts"] = self.facts
+    return other
 
 # %% ../../nbs/library/study/04_run.ipynb #4aa7481e
 @patch

@@ -114,13 +114,15 @@ def read_labelled(
     fraction:float|None=None, # share of the training labels, 0..1; None: that of the run
 ) -> PatchSet:
     "The training patches whose labels are used."
-    train, f = read_split(run, "train"), fraction or run.settings.label_fraction
-    return train.subset(labelled_fraction(train.labels, train.keys, f, run.seed, train.classes))
+    train = read_split(run, "train")
+    return train.subset(_labelled(run, train, fraction or run.settings.label_fraction))
+
+def _labelled(run, train, share): return labelled_fraction(train.labels, train.keys, share, run.seed, train.classes)
 
 def read_unlabelled(run:Run) -> PatchSet: # may be empty
     "The other training patches, whose labels no method of this run uses."
-    train, labelled = read_split(run, "train"), {*read_labelled(run).keys}
-    return train.subset(np.array([i for i, key in enumerate(train.keys) if key not in labelled], int))
+    train = read_split(run, "train")
+    return train.subset(np.setdiff1d(np.arange(len(train)), _labelled(run, train, run.settings.label_fraction)))
 
 # %% ../../nbs/library/study/06_steps.ipynb #d5847beb
 @stage("autoencoder")
@@ -272,7 +274,7 @@ def draw_candidates(
 ) -> dict: # as `synthesize_patches`
     "Patches of the target classes, sampled and guided as the settings say."
     c = settings
-    guidance = ClassifierGuidance(classifier, c.guidance_scale, interval=tuple(c.guidance_interval))
+    guidance = ClassifierGuidance(classifier, c.guidance_scale, c.guidance_interval)
     config = SamplingConfig(c.scheduler, c.sampler_steps, c.eta, seed, c.precision, prediction=c.prediction)
     return synthesize_patches(unet, vae, labels, guidance, config, start=start)
 

@@ -56,7 +56,7 @@ def table_1(run:Run, folder:Path):
     "Write Table 1, its figure, its rows, and the tables of both adaptations and of selection."
     rows, n = gather(run, "table_1"), len(run.settings.seeds)
     write_table(rows, run.results/"table_1_seeds", "Every method and seed, measured on the test split.")
-    table = summarise_methods(rows, read_correct([(s, r) for s, r in run.inputs("table_1")]))
+    table = summarise_methods(rows, read_correct(run.inputs("table_1")))
     save_figure(figures.plot_gain(table), run.figures/"gain")
     write_table(table, run.results/"table_1",
                 f"Test split of {short_name(run.target)} at {run.settings.label_fraction:.3g} of the labels, {n} "
