@@ -180,7 +180,8 @@ def test_specificity_by_hand():
 def runs(methods, seeds=3):
     "One row per method and seed; seeds differ by far more than methods."
     rng = np.random.default_rng(0)
-    same = dict(label_fraction=.05, labelled=100, added=100, validation_accuracy=.6, macro_f1=.6, sensitivity=.6, specificity=.9, auroc=.9, ece=.1)
+    same = dict(label_fraction=.05, labelled=100, added=100, validation_accuracy=.6, macro_f1=.6,
+                sensitivity=.6, specificity=.9, auroc=.9, ece=.1)
     return pd.DataFrame([dict(method=m, ratio=r, seed=s, accuracy=.6 + .1*s + g + rng.normal(0, .001), **same)
                          for m, r, g in methods for s in range(seeds)])
 
