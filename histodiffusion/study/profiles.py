@@ -115,6 +115,9 @@ class BackboneSettings:
     teacher: str = "test_resnet" # timm name of the teacher, trained on the labelled patches
     teacher_steps: Count = 50 # optimiser steps, > 0
     teacher_lr: Positive = 4e-3 # peak learning rate, > 0
+    augmentation_strengths: tuple[ShareAboveZero, ...] = (1.,) # of standard augmentation, tried on validation patches
+    augmentation_mixups: tuple[PositiveOrZero, ...] = (0.,) # its mixup, parameters of a Beta distribution; 0: none
+    augmentation_schedules: tuple[Positive, ...] = (1.,) # its lengths of training, in multiples of backbone_steps
     synthetic_targets: Literal["class", "teacher"] = "class" # hard labels, or the teacher's posteriors
     synthetic_share: Share = .5 # share of a batch that is synthetic, 0 to 1; 0: in proportion to their number
     ratio: Positive = 1. # synthetic patches per real labelled patch, > 0; used for the baselines too
@@ -125,12 +128,11 @@ class BackboneSettings:
 @dataclass(frozen=True)
 class BaselineSettings:
     "Baselines, and the oracle that measures synthetic patches."
-    gan_steps: Count = 20 # optimiser steps of the GAN, > 0
     gan_lr: Positive = 4e-4 # learning rate of generator and discriminator, > 0
-    conditional_steps: Count = 30 # steps of the class-conditional diffusion models, > 0
-    conditional_lr: Positive = 5e-4 # their peak learning rate, > 0
+    conditional_lr: Positive = 5e-4 # peak learning rate of the class-conditional diffusion models, > 0
     class_embedding_lr: Positive = 30. # learning rate of their class embedding, relative to the other weights, > 0
     cfg_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2. # of classifier-free guidance, >= 1; 1: none
+    self_training_rounds: Count = 1 # times that the backbone assigns pseudo-labels to unlabelled patches, > 0
     encoder_lr: Positive = 1e-3 # peak learning rate of the packaged encoder as backbone, > 0
     oracle: str = "test_resnet" # timm name of the oracle, trained on all training labels
     oracle_steps: Count = 50 # optimiser steps, > 0

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['ADAPTATIONS', 'REAL', 'pretraining_data', 'target_data', 'read_pool', 'read_split', 'read_labelled',
            'read_unlabelled', 'autoencoder', 'load_autoencoder', 'diffusion', 'fit_classifier', 'fine_tune',
-           'unlabelled_latents', 'adapt', 'draw_candidates', 'synthesize', 'Candidates', 'read_synthetic',
-           'backbone_config', 'teacher_config', 'training_work', 'real_only', 'load_backbone', 'load_teacher',
-           'Selector', 'ratios_of', 'synthetic_counts', 'select', 'chosen_patches', 'with_patches', 'measure_methods',
-           'augment']
+           'unlabelled_latents', 'adapt', 'draw_candidates', 'start_latents', 'synthesize', 'Candidates',
+           'read_synthetic', 'backbone_config', 'teacher_config', 'training_work', 'teacher', 'load_teacher',
+           'augmentation_grid', 'real_only', 'load_backbone', 'Selector', 'ratios_of', 'synthetic_counts', 'select',
+           'chosen_patches', 'train_with_patches', 'Method', 'with_patches', 'measure_methods', 'augment']
 
 # %% ../../nbs/library/study/06_steps.ipynb #0411310f
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -279,7 +281,11 @@ def draw_candidates(
     return synthesize_patches(unet, vae, labels, guidance, config, start=start)
 
 # %% ../../nbs/library/study/06_steps.ipynb #2c99f578
-def _start(run, vae, labels):
+def start_latents(
+    run:Run,
+    vae, # AutoencoderDC
+    labels:np.ndarray, # (N,) target class of each patch
+) -> tuple|None: # latents (N, C, h, w) and the time whose noise is added; None: from noise alone
     "Where sampling starts: latents of labelled patches of each class in random symmetries, and the time."
     c, labelled = run.settings, read_labelled(run)
     if c.start_time == 1000: return None
@@ -303,7 +309,7 @@ def synthesize(run:Run, folder:Path):
         if unet is prior and c.finetune_steps: labels = every[:len(every)//4]  # enough for the comparison
         images += len(labels)
         if path.exists(): continue  # made by an earlier attempt
-        start, seed = _start(run, vae, labels), derive_seed("sample", run.seed)
+        start, seed = start_latents(run, vae, labels), derive_seed("sample", run.seed)
         s = draw_candidates(c, vae, unet, classifier, labels, seed, start)
         facts = dict(scheduler=c.scheduler, steps=c.sampler_steps, guidance_scale=c.guidance_scale, seed=run.seed)
         save_tensors(path, dict(images=s["images"], labels=labels, confidence=s["confidence"]), facts)
@@ -328,21 +334,19 @@ def read_synthetic(
     return Candidates({k: v.numpy() for k, v in load_tensors(path).items()})
 
 # %% ../../nbs/library/study/06_steps.ipynb #5423afde
-def backbone_config(
-    run:Run,
-    augmentation:str="d4", # or 'standard'
-) -> BackboneConfig: # the same for all methods of a seed
+def backbone_config(run:Run) -> BackboneConfig: # the same for all methods of a seed
     "How the backbone is trained."
     c = run.settings
     return BackboneConfig(name=c.backbone, steps=c.backbone_steps, batch_size=c.backbone_batch,
-                          learning_rate=c.backbone_lr, warmup=c.backbone_steps//20, augmentation=augmentation,
+                          learning_rate=c.backbone_lr, warmup=c.backbone_steps//20,
                           seed=derive_seed("backbone", run.seed))
 
 def teacher_config(run:Run) -> BackboneConfig:
     "How the teacher is trained."
     c = run.settings
-    return replace(backbone_config(run), name=c.teacher, steps=c.teacher_steps, learning_rate=c.teacher_lr,
-                   warmup=c.teacher_steps//20)
+    return BackboneConfig(name=c.teacher, steps=c.teacher_steps, batch_size=c.backbone_batch,
+                          learning_rate=c.teacher_lr, warmup=c.teacher_steps//20,
+                          seed=derive_seed("backbone", run.seed))
 
 # %% ../../nbs/library/study/06_steps.ipynb #30def5e7
 def training_work(
@@ -352,42 +356,69 @@ def training_work(
     return dict(steps=sum(c.steps for c in configs), images=sum(c.steps*c.batch_size for c in configs))
 
 # %% ../../nbs/library/study/06_steps.ipynb #3f8542a3
-REAL = dict(real="d4", standard_augmentation="standard")  # method -> augmentation of the real patches
+@stage("teacher")
+def teacher(run:Run, folder:Path):
+    "Train the teacher on the labelled patches."
+    labelled = read_labelled(run)
+    net = train_backbone(labelled.images, labelled.labels, len(labelled.classes), teacher_config(run), folder=folder,
+                         desc="teacher")
+    save_tensors(folder/"teacher.safetensors", net.state_dict())
+    return training_work(teacher_config(run))
+
+def load_teacher(run:Run) -> torch.nn.Module: # eval mode
+    "The network that assigns classes and selects, trained on the labelled patches alone."
+    net = build_backbone(run.settings.teacher, len(read_labelled(run).classes), run.channels, run.settings.image_size)
+    net.load_state_dict(load_tensors(run.folder("teacher")/"teacher.safetensors"))
+    return net.eval()
+
+# %% ../../nbs/library/study/06_steps.ipynb #ba3ac2c3
+def augmentation_grid(run:Run) -> list: # of BackboneConfig
+    "The ways of standard augmentation that a run tries."
+    c, base = run.settings, backbone_config(run)
+    tried = product(c.augmentation_strengths, c.augmentation_mixups, c.augmentation_schedules)
+    return [replace(base, strength=s, mixup=m, steps=round(k*base.steps)) for s, m, k in tried]
+
+# %% ../../nbs/library/study/06_steps.ipynb #e221b46a
+REAL = ("real", "standard_augmentation")  # methods that add no patch
 
 @stage("real_only")
 def real_only(run:Run, folder:Path):
-    "Train the backbone and the teacher on the labelled patches alone."
-    labelled, networks = read_labelled(run), {m: backbone_config(run, a) for m, a in REAL.items()}
-    if teacher_config(run) != networks["real"]: networks["teacher"] = teacher_config(run)
-    for name, config in networks.items():
-        if (path := folder/f"{name}.safetensors").exists(): continue  # made by an earlier attempt
-        net = train_backbone(labelled.images, labelled.labels, len(labelled.classes), config, desc=f"backbone ({name})")
-        save_tensors(path, net.state_dict())
-    return training_work(*networks.values())
+    "Train the backbone on the labelled patches alone, plainly and with each augmentation; keep the best of them too."
+    labelled, validation = read_labelled(run), read_split(run, "validation")
+    configs, rows = [backbone_config(run), *augmentation_grid(run)], []
+    for i, config in enumerate(configs):
+        path = folder/("real.safetensors" if i == 0 else f"augmented-{i}.safetensors")
+        if not path.exists():  # else made by an earlier attempt
+            save_tensors(path, train_backbone(labelled.images, labelled.labels, len(labelled.classes), config,
+                                              desc=f"backbone {i + 1}/{len(configs)}").state_dict())
+        accuracy = (predict(_load_backbone(run, path), validation.images).argmax(1) == validation.labels).mean()
+        rows.append(dict(file=path.name, strength=config.strength, mixup=config.mixup, steps=config.steps,
+                         validation_accuracy=accuracy))
+    table = pd.DataFrame(rows)
+    write_table(table.assign(chosen=table.index == table.validation_accuracy.idxmax()), folder/"augmentation")
+    return training_work(*configs)
 
-# %% ../../nbs/library/study/06_steps.ipynb #ba3ac2c3
-def load_backbone(
-    run:Run,
-    method:str="real", # a key of REAL, or 'teacher' where that is a network of its own
-) -> torch.nn.Module: # eval mode
-    "A network that was trained on the labelled patches alone."
-    c = run.settings
-    name = c.teacher if method == "teacher" else c.backbone
-    net = build_backbone(name, len(read_labelled(run).classes), run.channels, c.image_size)
-    net.load_state_dict(load_tensors(run.folder("real_only")/f"{method}.safetensors"))
+def _load_backbone(run, path):
+    net = build_backbone(run.settings.backbone, len(read_labelled(run).classes), run.channels, run.settings.image_size)
+    net.load_state_dict(load_tensors(path))
     return net.eval()
 
-def load_teacher(run:Run) -> torch.nn.Module: # eval mode
-    "The network that selects, trained on the labelled patches alone."
-    return load_backbone(run, "real" if teacher_config(run) == backbone_config(run) else "teacher")
+# %% ../../nbs/library/study/06_steps.ipynb #d34a0f9c
+def load_backbone(
+    run:Run,
+    method:str="real", # or 'standard_augmentation'
+) -> torch.nn.Module: # eval mode
+    "A backbone that was trained on the labelled patches alone."
+    tried = pd.read_csv(run.folder("real_only")/"augmentation.csv")
+    return _load_backbone(run, run.folder("real_only")/tried.file[0 if method == "real" else tried.chosen.argmax()])
 
 # %% ../../nbs/library/study/06_steps.ipynb #ee228693
 class Selector:
     "The selection rule of a run, with the teacher and the centroids of the labelled patches."
     def __init__(self,
-        run:Run, # with its stage real_only made
+        run:Run, # with its teacher made
     ):
-        self.settings, labelled = run.settings, read_labelled(run)
+        self.settings, self.seed, labelled = run.settings, run.seed, read_labelled(run)
         self.teacher, k = load_teacher(run), len(labelled.classes)
         features, _ = features_and_posteriors(self.teacher, labelled.images)
         self.centroids = class_centroids(features, labelled.labels, k)
@@ -482,47 +513,64 @@ def chosen_patches(
     return (s["images"][i], s["labels"][i]) if len(i) else (None, None)
 
 # %% ../../nbs/library/study/06_steps.ipynb #c4dc85a9
-def with_patches(
+def train_with_patches(
     run:Run,
     extra:tuple, # patches and labels; None, None: none
     config:BackboneConfig|None=None, # None: that of all methods
     desc:str="backbone", # for the progress bar
     targets:str|None=None, # hard labels ('class') or the posteriors of the 'teacher'; None: the run's setting
-): # patches -> (N, K) posteriors; its attribute `work` is the work of its training
-    "A classifier: the backbone, trained on labelled and extra patches when it is first used."
+) -> torch.nn.Module: # eval mode
+    "The backbone, trained on labelled and extra patches."
     config = replace(config or backbone_config(run), extra_share=run.settings.synthetic_share)
-    def posteriors(images):
-        labelled, soft = read_labelled(run), (targets or run.settings.synthetic_targets) == "teacher"
-        soft = predict(load_teacher(run), extra[0]) if soft and extra[0] is not None else None
-        net = train_backbone(labelled.images, labelled.labels, len(labelled.classes), config, *extra,
-                             extra_targets=soft, desc=desc)
-        return predict(net, images)
-    posteriors.work = training_work(config)
-    return posteriors
+    labelled, soft = read_labelled(run), (targets or run.settings.synthetic_targets) == "teacher"
+    soft = predict(load_teacher(run), extra[0]) if soft and extra[0] is not None else None
+    return train_backbone(labelled.images, labelled.labels, len(labelled.classes), config, *extra, extra_targets=soft,
+                          desc=desc)
+
+@dataclass
+class Method:
+    "A row of Table 1: how to get posteriors, and what was spent."
+    posteriors: Callable # (N, H, W, C) uint8 patches -> (N, K) posteriors; called once
+    added: int = 0 # patches that were added to the labelled ones
+    work: dict = field(default_factory=lambda: training_work()) # steps and images of its training
+
+def with_patches(
+    run:Run,
+    extra:tuple, # patches and labels; None, None: none
+    config:BackboneConfig|None=None, # None: that of all methods
+    **how, # of `train_with_patches`
+) -> Method:
+    "A method that trains the backbone on labelled and extra patches when it is used."
+    def posteriors(images): return predict(train_with_patches(run, extra, config, **how), images)
+    return Method(posteriors, 0 if extra[0] is None else len(extra[0]), training_work(config or backbone_config(run)))
 
 # %% ../../nbs/library/study/06_steps.ipynb #18cefce3
 def measure_methods(
     run:Run,
     folder:Path, # where posteriors and rows are written
-    methods:dict, # (name, ratio) -> function that gives the posteriors of patches
+    methods:dict, # (name, ratio) -> Method
 ) -> dict: # the work of training them
     "Test each method once; what an earlier attempt has tested is not tested again."
-    test, rows = read_split(run, "test"), []
-    for (method, ratio), posteriors in methods.items():
-        path = folder/f"{method}-{ratio:g}.safetensors"
-        if not path.exists(): save_tensors(path, dict(probabilities=posteriors(test.images)))
-        metrics = classification_metrics(test.labels, load_tensors(path)["probabilities"].numpy())
-        rows.append(dict(method=method, ratio=ratio, label_fraction=run.settings.label_fraction, seed=run.seed,
-                         **metrics))
+    test, validation, rows = read_split(run, "test"), read_split(run, "validation"), []
+    images = np.concatenate([test.images, validation.images])
+    for (name, ratio), method in methods.items():
+        path = folder/f"{name}-{ratio:g}.safetensors"
+        if not path.exists():
+            p = np.split(method.posteriors(images), [len(test)])
+            save_tensors(path, dict(probabilities=p[0], validation=p[1]))
+        p = {k: v.numpy() for k, v in load_tensors(path).items()}
+        rows.append(dict(method=name, ratio=ratio, label_fraction=run.settings.label_fraction, seed=run.seed,
+                         labelled=len(read_labelled(run)), added=method.added,
+                         validation_accuracy=(p["validation"].argmax(1) == validation.labels).mean(),
+                         **classification_metrics(test.labels, p["probabilities"])))
     write_table(pd.DataFrame(rows), folder/"rows")
-    works = [getattr(f, "work", training_work()) for f in methods.values()]
-    return {k: sum(w[k] for w in works) for k in training_work()}
+    return {k: sum(m.work[k] for m in methods.values()) for k in training_work()}
 
 # %% ../../nbs/library/study/06_steps.ipynb #55cb75ee
 @stage("augment")
 def augment(run:Run, folder:Path):
     "Train the backbone on real and synthetic patches, and test it."
-    methods = {(m, 0.): lambda images, m=m: predict(load_backbone(run, m), images) for m in REAL}
+    methods = {(m, 0.): Method(lambda images, m=m: predict(load_backbone(run, m), images)) for m in REAL}
     for kind in ("random", "selected"):
         for ratio in ratios_of(run.settings):
             name = f"histodiffusion_{kind}"
