@@ -110,7 +110,7 @@ def test_centroids_never_contain_synthetic_patches():
                 used = {n.id for a in [*call.args, *call.keywords] for n in ast.walk(a) if isinstance(n, ast.Name)}
                 assert not used & tainted, f"{name} gives synthetic patches to {function}"
     assert found >= 2
-    for name in ("real_only", "load_backbone"):  # the backbone whose features the centroids are of
+    for name in ("teacher", "load_teacher"):  # the network whose features the centroids are of
         assert "read_labelled" in reach(name) and not reach(name) & {"read_synthetic", "chosen_patches"}
     real, labels = np.random.default_rng(0).normal(size=(40, 8)), np.arange(40) % 4
     assert (class_centroids(real, labels, 4) == class_centroids(real.copy(), labels, 4)).all()

@@ -88,6 +88,8 @@ def test_every_setting_changes_the_stages_that_list_it_and_no_earlier_one(projec
         "start_time": 400,
         "critic_start": 0.3,
         "cfg_scale": 3.0,
+        "augmentation_strengths": (0.5,),
+        "augmentation_mixups": (0.5,),
         "ablation_labels": (0.2,),
         "ablation_schedulers": ("heun",),
         "ablation_thresholds": (0.4,),
@@ -208,8 +210,8 @@ def uncovered(read):
 
 def test_stages_read_only_the_settings_that_their_keys_cover(project, read):
     tiny = dict(pretrain_patches=90, autoencoder_steps=2, diffusion_steps=2, finetune_steps=2, classifier_steps=2,
-                sampler_steps=2, samples_per_class=2, backbone_steps=2, teacher_steps=2, oracle_steps=2, gan_steps=2,
-                conditional_steps=2, seeds=[0], selection_rule="confidence", selection_threshold=.01)  # fmt: skip
+                sampler_steps=2, samples_per_class=2, backbone_steps=2, teacher_steps=2, oracle_steps=2, seeds=[0],
+                selection_rule="confidence", selection_threshold=.01)  # fmt: skip
     run = Run("smoke", "phantom:target:180", overrides=tiny)
     for name in ("table_3", "quality", "compare", "sampling_grid", "adaptation_grid", "safety", "figure_2"):
         make_stage(run, name)

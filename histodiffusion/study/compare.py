@@ -51,8 +51,8 @@ def generator_steps(run:Run) -> tuple: # steps of the prior, and of its adaptati
 def _draw_gan(run, labelled, labels, folder):
     "Candidates of a GAN, and the work of training it."
     c, seed = run.settings, derive_seed("gan", run.seed)
-    config = FitConfig(sum(generator_steps(run)), c.gan_lr, betas=(0., .99), schedule="constant", ema_half_life=.1, seed=seed,
-                       precision=c.precision)
+    config = FitConfig(sum(generator_steps(run)), c.gan_lr, betas=(0., .99), schedule="constant", ema_half_life=.1,
+                       seed=seed, precision=c.precision)
     gan = train_gan(labelled.images, labelled.labels, len(labelled.classes), config, folder=folder/"gan")
     return sample_gan(gan.model, labels, seed), gan.seconds
 
@@ -174,8 +174,8 @@ ENCODER = "efficientnet_lite0"  # the packaged one
 def _probe(run, features):
     "A linear probe of some features, trained on the labelled patches."
     labelled = read_labelled(run)
-    train = features(labelled.images)
-    return Method(lambda images: linear_probe(train, labelled.labels, features(images), len(labelled.classes), run.seed))
+    train, k = features(labelled.images), len(labelled.classes)
+    return Method(lambda images: linear_probe(train, labelled.labels, features(images), k, run.seed))
 
 def _without_patches(run):
     "Classifiers that add no patches."

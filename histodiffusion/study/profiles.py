@@ -166,6 +166,7 @@ class Expected:
     "The accuracies that a run should reach, and how the run that reached them was made."
     accuracy: dict # 'method@ratio' of Table 1 -> (mean test accuracy, tolerance), fractions of 1
     overrides: dict = field(default_factory=dict) # settings that were changed
+    made: str = "" # date in the record of its Table 1
     sets: tuple = () # pre-training sets; (): the default for the target
 
 # %% ../../nbs/library/study/01_profiles.ipynb #ee58c0d2
