@@ -54,23 +54,24 @@ def test_another_seed_leaves_the_others_as_they_are(home):
 def test_a_method_is_tested_once_and_a_stopped_stage_goes_on(home):
     run = Run("smoke", "phantom:target:180", ["phantom:kyoto:9"])
     steps.target_data(run)
-    test, asked = steps.read_split(run, "test"), []
+    test, validation, asked = steps.read_split(run, "test"), steps.read_split(run, "validation"), []
 
     def answer(images):
         asked.append(len(images))
-        return np.eye(9)[test.labels] * 0.6 + 0.4 / 9
+        return np.eye(9)[np.concatenate([test.labels, validation.labels])] * 0.6 + 0.4 / 9
 
     def stop(images):
         raise KeyboardInterrupt
 
-    methods = {("real", 0.0): answer, ("gan", 1.0): stop}
+    methods = {("real", 0.0): steps.Method(answer), ("gan", 1.0): steps.Method(stop, added=7)}
     with pytest.raises(KeyboardInterrupt):
         steps.measure_methods(run, home, methods)
-    steps.measure_methods(run, home, methods | {("gan", 1.0): answer})
-    assert asked == [len(test), len(test)]  # `real` was not asked again
+    steps.measure_methods(run, home, methods | {("gan", 1.0): steps.Method(answer, added=7)})
+    assert asked == [len(test) + len(validation)] * 2  # `real` was not asked again
     rows = pd.read_csv(home / "rows.csv")
-    assert rows.method.tolist() == ["real", "gan"] and (rows.accuracy == 1).all()
-    assert rows.ece[0] == pytest.approx(classification_metrics(test.labels, answer(test.images))["ece"])
+    assert rows.method.tolist() == ["real", "gan"] and (rows.accuracy == 1).all() and rows.added.tolist() == [0, 7]
+    assert (rows.validation_accuracy == 1).all()
+    assert rows.ece[0] == pytest.approx(classification_metrics(test.labels, answer(test.images)[: len(test)])["ece"])
 
 
 def test_variants_share_what_they_do_not_change():

@@ -90,7 +90,7 @@ def draw(self:Explorer,
 
 # %% ../../nbs/library/app/03_explore.ipynb #98f156cc
 def load_explorer(
-    run:Run, # its stages adapt and real_only must be made
+    run:Run, # its stages adapt and teacher must be made
 ) -> Explorer:
     "The explorer of a run."
     return Explorer(*load_pipeline(run.folder("adapt")/"model"), read_labelled(run), load_teacher(run))
