@@ -3,10 +3,11 @@
 # A stage's folder is named by a hash of everything that it depends on, so a changed parameter makes new targets.
 
 from histodiffusion.app.reproduce import job_command, plan_from_config
-from histodiffusion.study.stages import RESULTS
+from histodiffusion.study.stages import RESULTS, upstream_of
 
 JOBS = plan_from_config(config)
 COMMAND = job_command(config)
+FIRST = upstream_of("table_1") # answers before ablations
 
 
 rule all:
@@ -27,7 +28,7 @@ for job in JOBS:
             job.executed,
         params:
             key=job.key,
-        priority: 1 if job.stage == "ablation_pretraining" else 0 # the longest of the last ones
+        priority: 2 if job.stage in FIRST else int(job.stage == "ablation_pretraining") # the longest of the last ones
         threads: max(1, (workflow.cores or 1)//job.share) if job.share else 1
         shell:
             "OMP_NUM_THREADS={threads} {COMMAND} {rule}"

@@ -14,14 +14,14 @@ def one_name(options) -> str:
 
 def show(options) -> None:
     "Print splits, class counts and fingerprints of a run's data."
-    from histodiffusion.data.leakage import split_groups
-    from histodiffusion.data.patches import labelled_fraction, load_patches, split_patches
+    from histodiffusion.data.leakage import target_splits
+    from histodiffusion.data.patches import labelled_fraction, load_patches
     from histodiffusion.data.pool import pool_counts
 
     run = options.make()
     c, target = run.settings, run.target
     patches = load_patches(target, c.image_size, run.channels, skip_corrupt=run.skip_corrupt)
-    splits = split_patches(patches.keys, split_groups(target, patches.keys, patches.groups, c.image_size))
+    splits = target_splits(target, patches.keys, patches.labels, patches.groups, c.image_size)[1]
     train = patches.subset(splits["train"])
     labelled = labelled_fraction(train.labels, train.keys, c.label_fraction, run.seed, patches.classes)
     counts = {name: patches.subset(i).counts() for name, i in splits.items()}

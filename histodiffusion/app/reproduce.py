@@ -14,6 +14,7 @@ from pathlib import Path
 from ..core import HistoDiffusionError, load_settings, read_json
 from ..data.patches import dataset_classes, in_hdf5, list_images, packed_dataset, parse_phantom
 from ..study.artefacts import command_of, remove_stage
+from ..study.checks import check_run
 from ..study.prior import is_published
 from ..study.run import Run, slug
 from ..study.stages import PRIOR_STAGES, RESULTS, STAGES, upstream_of
@@ -125,7 +126,8 @@ def describe_plan(
     left = [j for j in jobs if not j.done]
     timed = [seconds[j.stage] for j in left if j.stage in seconds]
     estimate = f"; {len(timed)} of them took {duration(sum(timed))} before, one after another" if timed else ""
-    return "\n".join([*lines, "", f"{len(left)} of {len(jobs)} stages to make{estimate}"])
+    warnings = [f"warning: {w}" for w in check_run(run)]
+    return "\n".join([*lines, "", *warnings, f"{len(left)} of {len(jobs)} stages to make{estimate}"])
 
 # %% ../../nbs/library/app/02_reproduce.ipynb #972c5e8c
 def _failure(job, e):

@@ -32,8 +32,9 @@ from .artefacts import make_stage, stage
 from .compare import ENCODER, PatchQuality
 from .prior import is_published
 from .run import Run, prior_sets
-from .steps import (
-    Selector, draw_candidates, fine_tune, fit_classifier, read_labelled, read_split, unlabelled_latents)
+from histodiffusion.study.steps import (
+    Selector, draw_candidates, fine_tune, fit_classifier, patient_groups, read_labelled, read_split,
+    unlabelled_latents)
 from .tables import read_correct
 
 # %% ../../nbs/library/study/09_ablate.ipynb #12e11b95
@@ -256,13 +257,16 @@ def measure_variant(run:Run) -> pd.DataFrame: # as Table 1
     runs = [run.with_seed(s) for s in run.settings.seeds[:run.settings.ablation_seeds]]
     for r in runs: make_stage(r, "augment")
     rows = pd.concat([pd.read_csv(r.folder("augment")/"rows.csv") for r in runs], ignore_index=True)
-    return summarise_methods(rows, read_correct([("augment", r) for r in runs]))
+    return summarise_methods(rows, read_correct([("augment", r) for r in runs]), patient_groups(runs[0])[0])
 
 # %% ../../nbs/library/study/09_ablate.ipynb #dd16e481
 def _one(run, **change):
-    "A variant that is trained at one ratio alone; the run itself where nothing changes."
-    same = variant(run, **change).key("augment") == run.key("augment")
-    return run if same else variant(run, ratios=[run.settings.ratio], **change)
+    "A variant that is trained at one ratio and one augmentation; the run itself where nothing changes."
+    c, changed = run.settings, variant(run, **change)
+    if changed.key("augment") == run.key("augment"): return run
+    grids = ("augmentation_strengths", "augmentation_mixups", "augmentation_schedules")
+    if changed.key("real_only") != run.key("real_only"): change |= {g: getattr(c, g)[:1] for g in grids}
+    return variant(run, ratios=[c.ratio], **change)
 
 def _labels(run):
     fractions = sorted({*run.settings.ablation_labels, run.settings.label_fraction})
@@ -308,7 +312,8 @@ def _packaged(run):
     rows = pd.concat([pd.read_csv(r.folder("compare")/"rows.csv") for r in runs], ignore_index=True)
     correct = read_correct([("compare", r) for r in runs])
     correct = {(names[m], *rest): v for (m, *rest), v in correct.items() if m in names}
-    return summarise_methods(rows[rows.method.isin(names)].assign(method=lambda d: d.method.map(names)), correct)
+    rows = rows[rows.method.isin(names)].assign(method=lambda d: d.method.map(names))
+    return summarise_methods(rows, correct, patient_groups(run)[0])
 
 def _backbone(run):
     c = run.settings

@@ -23,8 +23,8 @@ from fastcore.basics import patch
 
 from ..core import (
     HistoDiffusionError, card_html, derive_seed, load_tensors, read_json, save_tensors, write_json, write_table)
-from ..data.leakage import held_back, leakage, split_groups
-from ..data.patches import PatchSet, labelled_fraction, load_patches, split_patches
+from ..data.leakage import held_back, leakage, target_splits
+from ..data.patches import PatchSet, labelled_fraction, load_patches
 from ..data.pool import unlabelled_pool
 from ..data.stain import normalise_stain
 from ..data.symmetries import d4_images
@@ -84,8 +84,8 @@ def target_data(run:Run, folder:Path):
     "Read the labelled set once, with its splits."
     patches = load_patches(run.target, run.settings.image_size, run.channels, run.skip_corrupt)
     np.save(folder/"patches.npy", _stained(run, patches.images))
-    groups = split_groups(run.target, patches.keys, patches.groups, run.settings.image_size)
-    splits = {k: v.tolist() for k, v in split_patches(patches.keys, groups).items()}
+    groups, splits = target_splits(run.target, patches.keys, patches.labels, patches.groups, run.settings.image_size)
+    splits = {k: v.tolist() for k, v in splits.items()}
     write_json(folder/"manifest.json", dict(name=patches.name, classes=patches.classes, counts=patches.counts(),
                                             labels=patches.labels.tolist(), keys=patches.keys, groups=groups,
                                             splits=splits, patients=len({*(patches.groups or [])} - {""})))
