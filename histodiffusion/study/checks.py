@@ -10,12 +10,14 @@ import numpy as np
 
 from ..core import HistoDiffusionError
 from ..data.leakage import target_splits
-from ..data.patches import check_target, dataset_classes, load_patches, packed_dataset
+from ..data.patches import check_target, dataset_classes, load_patches, packed_dataset, parse_phantom
+from .profiles import PROFILES
 from .run import Run
 
 # %% ../../nbs/library/study/12_checks.ipynb #249faf97
 def _labelled_set(run):
-    "Labels, content keys and patients of a run's labelled set, without its pixels where it is packed."
+    "Labels, content keys and patients of a run's labelled set; None for large phantoms, which lack nothing."
+    if run.target.startswith("phantom:") and parse_phantom(run.target)[1] > 900: return None
     if run.target.startswith("phantom:"):
         patches = load_patches(run.target, run.settings.image_size, run.channels)
         return patches.labels, patches.keys, None
@@ -25,9 +27,10 @@ def _labelled_set(run):
 
 def check_networks(run:Run):
     "Refuse names of networks that do not exist."
-    from histodiffusion.models.backbone import check_backbone
-    c = run.settings
-    for name in (c.backbone, c.teacher, c.oracle, *c.ablation_backbones): check_backbone(name)
+    networks = lambda c: {c.backbone, c.teacher, c.oracle, *c.ablation_backbones}
+    for name in networks(run.settings) - networks(PROFILES[run.profile]):
+        from histodiffusion.models.backbone import check_backbone  # slow, and not needed for the networks of a preset
+        check_backbone(name)
 
 # %% ../../nbs/library/study/12_checks.ipynb #f8888ab5
 def check_run(run:Run) -> list: # warnings, a sentence each
@@ -39,7 +42,8 @@ def check_run(run:Run) -> list: # warnings, a sentence each
     if len(classes) < 2:
         raise HistoDiffusionError(f"'{run.target}' has {len(classes)} class, and a classifier needs two or more: "
                                   "arrange the images as class/image.")
-    labels, keys, patients = _labelled_set(run)
+    if (labelled := _labelled_set(run)) is None: return []
+    labels, keys, patients = labelled
     splits = target_splits(run.target, keys, labels, patients, c.image_size)[1]
     warnings = check_target(labels, keys, classes, splits, c.label_fraction, c.seeds, patients)
     seeds = [f"{len(c.seeds)} seeds: a headline needs 5"]*(len(c.seeds) < 5 and run.profile != "smoke")
