@@ -15,7 +15,7 @@ from ..core import HistoDiffusionError, load_settings, read_json
 from ..data.patches import dataset_classes, in_hdf5, list_images, packed_dataset, parse_phantom
 from ..study.artefacts import command_of, remove_stage
 from ..study.prior import is_published
-from ..study.run import Run, slug
+from ..study.run import Run
 from ..study.stages import PRIOR_STAGES, RESULTS, STAGES, upstream_of
 
 # %% ../../nbs/library/app/02_reproduce.ipynb #327035bd
@@ -30,6 +30,7 @@ class Job:
     outputs: tuple # files that exist after
     executed: str # path of the executed notebook
     key: str # of the stage
+    key_without_code: str # the same for all versions of its code
     done: bool # whether there is nothing to do
     share: int # number of jobs that share the cores while it runs; 0: it gets one core
     position: str # in the plan, such as '3/14'
@@ -55,8 +56,9 @@ def _job(stage, run, position, planned):
     return Job(name=stage + tag.replace("-", "_"), stage=stage, notebook=spec.notebook, parameters=run.parameters,
                inputs=tuple(_path(r.record(u)) for u, r in before),
                outputs=(_path(record), *(_path(record.parent/o) for o in spec.outputs)),
-               executed=_path(run.results/"notebooks"/f"{stage}{tag}.ipynb"), key=run.key(stage), done=run.done(stage),
-               share=_share(stage, run), position=position)
+               executed=_path(run.results/"notebooks"/f"{stage}{tag}.ipynb"), key=run.key(stage),
+               key_without_code=run.key(stage, code=False), done=run.done(stage), share=_share(stage, run),
+               position=position)
 
 # %% ../../nbs/library/app/02_reproduce.ipynb #5a59a9c0
 def plan(
@@ -72,17 +74,21 @@ def plan(
     return [_job(s, r, f"{i}/{len(pairs)}", {*planned}) for i, (s, r) in enumerate(pairs, 1)]
 
 # %% ../../nbs/library/app/02_reproduce.ipynb #1399451c
+def _records(profile):
+    "The records of all stages that runs of a profile have made here."
+    records = []
+    for path in load_settings().results_path.rglob("*provenance.json"):
+        with contextlib.suppress(HistoDiffusionError, KeyError, TypeError):
+            if (record := read_json(path))["parameters"]["profile"] == profile: records.append(record)
+    return records
+
 def measured_seconds(
     profile:str, # name of a preset
+    records:list|None=None, # of its stages; None: those that are here
 ) -> dict: # stage -> seconds
     "How long stages took before, median of the records of a profile."
-    found, here = {}, load_settings()
-    for path in here.results_path.rglob("*provenance.json"):
-        with contextlib.suppress(HistoDiffusionError, KeyError, TypeError):
-            record = read_json(path)
-            if record["parameters"]["profile"] != profile: continue
-            found.setdefault(record["stage"], []).append(record["seconds"])
-    tables = {}
+    found, tables, here = {}, {}, load_settings()
+    for r in _records(profile) if records is None else records: found.setdefault(r["stage"], []).append(r["seconds"])
     for path in (here.root/"results"/profile).glob("*/table_3.csv"):
         with open(path, newline="", encoding="utf-8") as f:
             for row in csv.DictReader(f): tables.setdefault(row["stage"], []).append(float(row["seconds_mean"]))
@@ -110,7 +116,8 @@ def describe_plan(
     targets=RESULTS, # stages to arrive at
 ) -> str: # several lines
     "Stages, which are done, and how long the others took before."
-    jobs, seconds, c = plan(run, targets), measured_seconds(run.profile), run.settings
+    jobs, records, c = plan(run, targets), _records(run.profile), run.settings
+    seconds, before = measured_seconds(run.profile, records), {r.get("key_without_code") for r in records}
     patches, classes = _count(run.target)
     lines = [f"profile   {run.profile}: {c.description}",
              f"target    {run.target}: {patches} patches, {classes} classes, labels of {c.label_fraction:.3g} of the "
@@ -121,7 +128,8 @@ def describe_plan(
     if c.prior: lines.insert(3, f"prior     '{c.prior}'{continued}")
     for j in jobs:
         time = "done" if j.done else f"~{duration(seconds[j.stage])}" if j.stage in seconds else "not measured"
-        lines.append(f"{j.position:>6}  {j.name:<20} {time:<14} {STAGES[j.stage].what}")
+        changed = "; there is one that other code made"*(not j.done and j.key_without_code in before)
+        lines.append(f"{j.position:>6}  {j.name:<20} {time:<14} {STAGES[j.stage].what}{changed}")
     left = [j for j in jobs if not j.done]
     timed = [seconds[j.stage] for j in left if j.stage in seconds]
     estimate = f"; {len(timed)} of them took {duration(sum(timed))} before, one after another" if timed else ""
@@ -207,7 +215,7 @@ def _end(process):
 
 def _launch(run, jobs, cores):
     "Run the jobs that are not done; returns an exit code."
-    root, name = load_settings().root, f"snakemake-{run.profile}-{slug(run.target)}.log"
+    root, name = load_settings().root, f"snakemake-{run.profile}-{run.place}.log"
     log = load_settings().results_path/"logs"/name
     log.parent.mkdir(parents=True, exist_ok=True)
     stale = tuple(j.name for j in jobs if not j.done and all((root/o).exists() for o in j.outputs))

@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..core import write_text
 from ..data.patches import short_name
-from .artefacts import command_of, stage
+from .artefacts import command_of, data_warnings, stage
 from .run import Run, prior_sets
 
 # %% ../../nbs/library/study/10_report.ipynb #ccf31e91
@@ -127,6 +127,7 @@ def report_head(run:Run) -> str: # Markdown
     sets = ", ".join(dict.fromkeys(map(short_name, (*prior_sets(run), *run.sets))))
     prior = f", starting from the published prior `{c.prior}`" if c.prior else ""
     head = (f"# {short_name(run.target)} at {c.label_fraction:.3g} of the labels\n\n"
+            + "".join(f"{warning}\n\n" for warning in data_warnings(run)) +
             f"Profile `{run.profile}`, {len(c.seeds)} seeds, pre-trained on {sets}{prior}.\n")
     if run.profile != "smoke": return head
     return head + ("\nThis profile shows that the chain runs; its numbers mean little. `--profile small` gives an "

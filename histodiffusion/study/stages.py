@@ -73,7 +73,7 @@ def stage_settings(
 # %% ../../nbs/library/study/02_stages.ipynb #d976aa6a
 _ROOMS_APART = ("study.stages", "study.profiles", "study.prior", "study.run", "study.artefacts", "app", "_modidx")
 _APART = ("__repr__", "_repr_html_", "progress", "card_html", "picture_html", "machine", "peak_memory",
-          "load_settings", "Settings", "choose_precision")
+          "load_settings", "Settings", "choose_precision", "best_precision")
 
 def _bare(node):
     "A statement without docstrings, error messages and what only displays; changed in place."
