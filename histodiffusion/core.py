@@ -39,16 +39,23 @@ class Settings:
 _DEFAULTS = dict(data_home="data", data_mirror="", results_path="results", figures_path="figures",
                  profile="smoke", tracker="none")
 
+@functools.lru_cache
+def _read_ini(path, changed):
+    "The settings in a file, read again when it has changed."
+    ini = configparser.ConfigParser()
+    ini.read_dict(dict(histodiffusion=_DEFAULTS))
+    ini.read(path)
+    return dict(ini["histodiffusion"])
+
 def load_settings(
     start=None, # folder from which settings.ini is looked for upwards; None: the current one
 ) -> Settings:
     "The settings of `settings.ini`, overridden by the environment."
     start = Path(start or Path.cwd()).resolve()
     root = next((p for p in (start, *start.parents) if (p/"settings.ini").is_file()), start)
-    ini = configparser.ConfigParser()
-    ini.read_dict(dict(histodiffusion=_DEFAULTS))
-    ini.read(root/"settings.ini")
-    value = {k: os.environ.get(f"HISTODIFFUSION_{k.upper()}", ini["histodiffusion"][k]).strip() for k in _DEFAULTS}
+    path = root/"settings.ini"
+    ini = _read_ini(path, path.stat().st_mtime_ns if path.is_file() else None)
+    value = {k: os.environ.get(f"HISTODIFFUSION_{k.upper()}", ini[k]).strip() for k in _DEFAULTS}
     for k in ("data_home", "data_mirror", "results_path", "figures_path"):
         value[k] = (root/Path(value[k]).expanduser()).resolve() if value[k] else None
     return Settings(root, **value)
