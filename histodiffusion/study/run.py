@@ -165,6 +165,7 @@ def _differences(run):
     differ |= {k: v for k, v in run.settings.settings().items() if v != usual[k]}
     return differ | (dict(sets=run.sets) if run.sets != plain.sets else {})
 
+# %% ../../nbs/library/study/04_run.ipynb #f4caab69
 @patch(as_prop=True)
 def place(self:Run):
     "Name of the folder of tables and of that of figures: the set, and what is not as in the run without a suffix."
@@ -207,6 +208,7 @@ def setting(self:Run,
     value = getattr(self.settings, name)
     return best_precision() if (name, value) == ("precision", "auto") else value
 
+# %% ../../nbs/library/study/04_run.ipynb #ea8282ec
 @patch
 def key_parts(self:Run,
     stage:str, # name in STAGES
@@ -226,6 +228,7 @@ def key_parts(self:Run,
         without=self.fingerprint(self.target) if self.skip_leaks and stage == "pretraining_data" else None)
     return parts
 
+# %% ../../nbs/library/study/04_run.ipynb #66007722
 @patch
 def key(self:Run,
     stage:str, # name in STAGES

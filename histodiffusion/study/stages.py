@@ -139,9 +139,9 @@ def _define(node, module, before):
 # %% ../../nbs/library/study/02_stages.ipynb #e8a23482
 class _Code:
     "The top-level definitions of a package, and which of them use which."
-    def __init__(self, root):
+    def __init__(self, modules):
         self.definitions, self.bound, self.more = {}, {}, {}
-        for module, source in _read_modules(root).items(): self._read(module, source)
+        for module, source in modules.items(): self._read(module, source)
         for key, d in self.definitions.items():
             owner, _, method = key.partition(":")[2].partition(".")
             owners = _find(self, key, owner)*bool(method)
@@ -182,6 +182,7 @@ def _at(code, origin, attributes=()):
 def _closure(code, key):
     "Texts of a definition and of all that it uses, and of what their modules do when they are imported."
     found, waiting = {}, [key]
+    if key not in code.definitions: raise HistoDiffusionError(f"The library has no {key}: export the notebooks again.")
     while waiting:
         if (k := waiting.pop()) in found or k not in code.definitions: continue
         d, module = code.definitions[k], k.partition(":")[0]
@@ -192,13 +193,17 @@ def _closure(code, key):
     return dict(sorted(found.items()))
 
 # %% ../../nbs/library/study/02_stages.ipynb #7ab8c0aa
+@functools.cache
+def _read_code(root): return _Code(_read_modules(root))
+
 def stage_code(
     stage:str, # name in STAGES
     root=None, # folder of the package; None: this one
 ) -> dict: # 'module:name' -> its text
     "The code that a stage runs: its function, and all that this uses from the project."
-    return _closure(_Code(root or files("histodiffusion")), f"study.{STAGES[stage].module}:{stage}")
+    return _closure(_read_code(root or files("histodiffusion")), f"study.{STAGES[stage].module}:{stage}")
 
+# %% ../../nbs/library/study/02_stages.ipynb #4c35c7b8
 @functools.cache
 def code_hashes(
     root=None, # folder of the package; None: this one
@@ -206,10 +211,11 @@ def code_hashes(
     "A hash of the code of each stage."
     root = Path(root or files("histodiffusion"))
     cache, functions = root/"__pycache__"/"stages.json", {s.name: f"study.{s.module}:{s.name}" for s in STAGES.values()}
-    about = hash_object([functions, (root/"study/stages.py").read_text(encoding="utf-8"), _read_modules(root)])
+    modules, this = _read_modules(root), (root/"study/stages.py").read_text(encoding="utf-8")
+    about = hash_object([functions, this, modules])
     with contextlib.suppress(OSError, HistoDiffusionError):
         if (kept := read_json(cache))["about"] == about: return kept["hashes"]
-    code = _Code(root)
+    code = _Code(modules)
     hashes = {name: hash_object(_closure(code, key))[:10] for name, key in functions.items()}
     with contextlib.suppress(OSError): write_json(cache, dict(about=about, hashes=hashes))
     return hashes
