@@ -117,7 +117,7 @@ def describe_plan(
 ) -> str: # several lines
     "Stages, which are done, and how long the others took before."
     jobs, records, c = plan(run, targets), _records(run.profile), run.settings
-    seconds, before = measured_seconds(run.profile, records), {r.get("key_without_code") for r in records}
+    seconds, made = measured_seconds(run.profile, records), {(r.get("key_without_code"), r["key"]) for r in records}
     patches, classes = _count(run.target)
     lines = [f"profile   {run.profile}: {c.description}",
              f"target    {run.target}: {patches} patches, {classes} classes, labels of {c.label_fraction:.3g} of the "
@@ -128,7 +128,8 @@ def describe_plan(
     if c.prior: lines.insert(3, f"prior     '{c.prior}'{continued}")
     for j in jobs:
         time = "done" if j.done else f"~{duration(seconds[j.stage])}" if j.stage in seconds else "not measured"
-        changed = "; there is one that other code made"*(not j.done and j.key_without_code in before)
+        before = any(same == j.key_without_code and key != j.key for same, key in made)
+        changed = "; made before by other code"*(before and not j.done)
         lines.append(f"{j.position:>6}  {j.name:<20} {time:<14} {STAGES[j.stage].what}{changed}")
     left = [j for j in jobs if not j.done]
     timed = [seconds[j.stage] for j in left if j.stage in seconds]
@@ -234,7 +235,8 @@ def _launch(run, jobs, cores):
 def show_results(run:Run) -> int: # exit code 0
     "Print Table 1, and where the results are."
     if missing := [s for s in RESULTS if not run.done(s)]:
-        raise HistoDiffusionError(f"{missing[0]} was not made: look into {_path(run.results/'notebooks')}.")
+        raise HistoDiffusionError(f"{missing[0]} was not made: look into {_path(run.results/'notebooks')}, "
+                                  "or repeat the command if the library or the data have changed meanwhile.")
     with open(run.results/"table_1.csv", newline="", encoding="utf-8") as f: rows = list(csv.DictReader(f))
     print(f"\n{'method':<34} ratio  accuracy   gain over real, points (95 %)")
     for r in rows:
