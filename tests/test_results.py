@@ -12,7 +12,7 @@ from histodiffusion.study.stages import STAGES
 from histodiffusion.study.verdict import gain_sentences
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-SETS = sorted(p.parent for p in RESULTS.glob("*/*/table_1.csv") if p.parts[-3] != "smoke")
+SETS = sorted(RESULTS / name / dataset for name, p in PROFILES.items() for dataset in p.expected if name != "smoke")
 
 
 @pytest.fixture(params=SETS, ids=lambda p: f"{p.parent.name}-{p.name}")

@@ -16,7 +16,7 @@ from ..data.patches import dataset_classes, in_hdf5, list_images, packed_dataset
 from ..study.artefacts import command_of, remove_stage
 from ..study.checks import check_run
 from ..study.prior import is_published
-from ..study.run import Run, slug
+from ..study.run import Run
 from ..study.stages import PRIOR_STAGES, RESULTS, STAGES, upstream_of
 
 # %% ../../nbs/library/app/02_reproduce.ipynb #327035bd
@@ -31,6 +31,7 @@ class Job:
     outputs: tuple # files that exist after
     executed: str # path of the executed notebook
     key: str # of the stage
+    key_without_code: str # the same for all versions of its code
     done: bool # whether there is nothing to do
     share: int # number of jobs that share the cores while it runs; 0: it gets one core
     position: str # in the plan, such as '3/14'
@@ -56,8 +57,9 @@ def _job(stage, run, position, planned):
     return Job(name=stage + tag.replace("-", "_"), stage=stage, notebook=spec.notebook, parameters=run.parameters,
                inputs=tuple(_path(r.record(u)) for u, r in before),
                outputs=(_path(record), *(_path(record.parent/o) for o in spec.outputs)),
-               executed=_path(run.results/"notebooks"/f"{stage}{tag}.ipynb"), key=run.key(stage), done=run.done(stage),
-               share=_share(stage, run), position=position)
+               executed=_path(run.results/"notebooks"/f"{stage}{tag}.ipynb"), key=run.key(stage),
+               key_without_code=run.key(stage, code=False), done=run.done(stage), share=_share(stage, run),
+               position=position)
 
 # %% ../../nbs/library/app/02_reproduce.ipynb #5a59a9c0
 def plan(
@@ -73,17 +75,21 @@ def plan(
     return [_job(s, r, f"{i}/{len(pairs)}", {*planned}) for i, (s, r) in enumerate(pairs, 1)]
 
 # %% ../../nbs/library/app/02_reproduce.ipynb #1399451c
+def _records(profile):
+    "The records of all stages that runs of a profile have made here."
+    records = []
+    for path in load_settings().results_path.rglob("*provenance.json"):
+        with contextlib.suppress(HistoDiffusionError, KeyError, TypeError):
+            if (record := read_json(path))["parameters"]["profile"] == profile: records.append(record)
+    return records
+
 def measured_seconds(
     profile:str, # name of a preset
+    records:list|None=None, # of its stages; None: those that are here
 ) -> dict: # stage -> seconds
     "How long stages took before, median of the records of a profile."
-    found, here = {}, load_settings()
-    for path in here.results_path.rglob("*provenance.json"):
-        with contextlib.suppress(HistoDiffusionError, KeyError, TypeError):
-            record = read_json(path)
-            if record["parameters"]["profile"] != profile: continue
-            found.setdefault(record["stage"], []).append(record["seconds"])
-    tables = {}
+    found, tables, here = {}, {}, load_settings()
+    for r in _records(profile) if records is None else records: found.setdefault(r["stage"], []).append(r["seconds"])
     for path in (here.root/"results"/profile).glob("*/table_3.csv"):
         with open(path, newline="", encoding="utf-8") as f:
             for row in csv.DictReader(f): tables.setdefault(row["stage"], []).append(float(row["seconds_mean"]))
@@ -111,7 +117,8 @@ def describe_plan(
     targets=RESULTS, # stages to arrive at
 ) -> str: # several lines
     "Stages, which are done, and how long the others took before."
-    jobs, seconds, c = plan(run, targets), measured_seconds(run.profile), run.settings
+    jobs, records, c = plan(run, targets), _records(run.profile), run.settings
+    seconds, made = measured_seconds(run.profile, records), {(r.get("key_without_code"), r["key"]) for r in records}
     patches, classes = _count(run.target)
     lines = [f"profile   {run.profile}: {c.description}",
              f"target    {run.target}: {patches} patches, {classes} classes, labels of {c.label_fraction:.3g} of the "
@@ -122,7 +129,9 @@ def describe_plan(
     if c.prior: lines.insert(3, f"prior     '{c.prior}'{continued}")
     for j in jobs:
         time = "done" if j.done else f"~{duration(seconds[j.stage])}" if j.stage in seconds else "not measured"
-        lines.append(f"{j.position:>6}  {j.name:<20} {time:<14} {STAGES[j.stage].what}")
+        before = any(same == j.key_without_code and key != j.key for same, key in made)
+        changed = "; made before by other code"*(before and not j.done)
+        lines.append(f"{j.position:>6}  {j.name:<20} {time:<14} {STAGES[j.stage].what}{changed}")
     left = [j for j in jobs if not j.done]
     timed = [seconds[j.stage] for j in left if j.stage in seconds]
     estimate = f"; {len(timed)} of them took {duration(sum(timed))} before, one after another" if timed else ""
@@ -209,7 +218,7 @@ def _end(process):
 
 def _launch(run, jobs, cores):
     "Run the jobs that are not done; returns an exit code."
-    root, name = load_settings().root, f"snakemake-{run.profile}-{slug(run.target)}.log"
+    root, name = load_settings().root, f"snakemake-{run.profile}-{run.place}.log"
     log = load_settings().results_path/"logs"/name
     log.parent.mkdir(parents=True, exist_ok=True)
     stale = tuple(j.name for j in jobs if not j.done and all((root/o).exists() for o in j.outputs))
@@ -228,7 +237,8 @@ def _launch(run, jobs, cores):
 def show_results(run:Run) -> int: # exit code 0
     "Print Table 1, and where the results are."
     if missing := [s for s in RESULTS if not run.done(s)]:
-        raise HistoDiffusionError(f"{missing[0]} was not made: look into {_path(run.results/'notebooks')}.")
+        raise HistoDiffusionError(f"{missing[0]} was not made: look into {_path(run.results/'notebooks')}, "
+                                  "or repeat the command if the library or the data have changed meanwhile.")
     with open(run.results/"table_1.csv", newline="", encoding="utf-8") as f: rows = list(csv.DictReader(f))
     print(f"\n{'method':<34} ratio  accuracy   gain over real, points (95 %)")
     for r in rows:

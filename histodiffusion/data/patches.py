@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'SPLITS', 'FEW', 'parse_phantom', 'short_name', 'dataset_folder', 'list_images', 'read_image',
            'in_hdf5', 'dataset_channels', 'dataset_classes', 'read_patchcamelyon', 'dataset_fingerprint', 'group_keys',
-           'packed_dataset', 'PatchSet', 'square_patch', 'to_grey', 'load_patches', 'split_patches',
-           'labelled_fraction', 'check_target']
+           'packed_dataset', 'PatchSet', 'square_patch', 'to_grey', 'load_patches', 'unreadable_images',
+           'split_patches', 'labelled_fraction', 'check_target']
 
 # %% ../../nbs/library/data/05_patches.ipynb #0140ea4d
 import contextlib
@@ -303,6 +303,14 @@ def load_patches(
     images = np.stack([square_patch(packed[i], size, channels) for i in labelled])
     keys, groups = [packed.keys[i] for i in labelled], [packed.groups[i] for i in labelled]
     return PatchSet(images, packed.labels[labelled], classes, keys, spec, groups if any(groups) else None)
+
+# %% ../../nbs/library/data/05_patches.ipynb #8cc03e91
+def unreadable_images(
+    spec:str, # name of a set
+) -> int: # of its files
+    "How many images of a set `skip_corrupt` leaves out."
+    if spec.startswith("phantom:") or in_hdf5(spec): return 0
+    return len(list_images(spec)) - len(packed_dataset(spec, skip_corrupt=True))
 
 # %% ../../nbs/library/data/05_patches.ipynb #03686944
 SPLITS = dict(train=(0., .6), validation=(.6, .7), test=(.7, 1.))

@@ -7,15 +7,15 @@ __all__ = ['PRECISIONS', 'FitConfig', 'Fit', 'learning_rate_factor', 'ema_decay'
            'normal_like', 'fit', 'draw_balanced']
 
 # %% ../../nbs/library/models/01_training.ipynb #e7057c58
-import contextlib, functools, json, math, subprocess, sys, time
+import contextlib, math, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from ..core import (
-    HistoDiffusionError, card_html, derive_seed, get_device, hash_object, keep_freed_memory, load_settings,
-    load_tensors, machine, progress, read_json, save_tensors, write_json)
+    HistoDiffusionError, best_precision, card_html, derive_seed, get_device, hash_object, keep_freed_memory,
+    load_settings, load_tensors, progress, read_json, save_tensors, write_json)
 
 # %% ../../nbs/library/models/01_training.ipynb #f40784b9
 @dataclass(frozen=True)
@@ -69,46 +69,16 @@ def ema_decay(config:FitConfig) -> float: # in 0 .. 1
     "Decay per step of the weight average, from its half-life."
     return 2**(-1/max(1., config.ema_half_life*config.steps))
 
-# %% ../../nbs/library/models/01_training.ipynb #6aff78c5
-_PROBE = """
-import json, time, torch
-torch.set_num_threads({threads})
-net, x = torch.nn.Conv2d(128, 128, 3, padding=1), torch.randn(32, 128, 16, 16)
-def seconds(on):
-    start = time.perf_counter()
-    for _ in range(4):
-        with torch.autocast("cpu", torch.bfloat16, enabled=on): y = net(x).float().square().mean()
-        y.backward()
-    return time.perf_counter() - start
-seconds(False); seconds(True)
-print(json.dumps([min(seconds(on) for _ in range(3)) for on in (False, True)]))
-"""
-
-@functools.cache
-def _probe(threads):
-    "Seconds of a convolution in fp32 and in bf16 on this processor; None where bf16 cannot be run."
-    path = load_settings().results_path/"artefacts"/"precision.json"
-    about = dict(torch=torch.__version__, threads=threads, cpu=machine()["cpu"])
-    if path.exists() and (stored := read_json(path)).get("about") == about: return stored["seconds"]
-    done = subprocess.run([sys.executable, "-c", _PROBE.format(threads=threads)], capture_output=True, text=True)
-    seconds = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
-    with contextlib.suppress(OSError): write_json(path, dict(about=about, seconds=seconds))
-    return seconds
-
 # %% ../../nbs/library/models/01_training.ipynb #4255af67
 PRECISIONS = ("no", "bf16", "fp16", "auto")
 
 def choose_precision(
     precision:str="auto", # one of PRECISIONS
 ) -> str: # 'no', 'bf16' or 'fp16'
-    "Resolve `auto`: bf16 where it is at least a fifth faster than fp32."
+    "Resolve `auto` as `best_precision` does: bf16 where it is faster."
     if precision not in PRECISIONS:
         raise HistoDiffusionError(f"Unknown precision '{precision}': use one of {', '.join(PRECISIONS)}.")
-    if precision != "auto": return precision
-    device = get_device().type
-    if device == "cuda": return "bf16" if torch.cuda.is_bf16_supported() else "no"
-    seconds = _probe(torch.get_num_threads()) if device == "cpu" else None
-    return "bf16" if seconds and seconds[0] > 1.2*seconds[1] else "no"
+    return best_precision() if precision == "auto" else precision
 
 # %% ../../nbs/library/models/01_training.ipynb #81a8a16c
 @contextlib.contextmanager

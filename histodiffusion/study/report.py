@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core import read_json, write_text
 from ..data.patches import short_name
-from .artefacts import command_of, stage
+from .artefacts import command_of, data_warnings, stage
 from .run import Run, prior_sets
 from .steps import patient_groups
 from .verdict import first_sentence, gain_sentences, scope_sentence, usage_sentences
@@ -82,6 +82,7 @@ def report_head(run:Run) -> str: # Markdown
     sets = ", ".join(dict.fromkeys(map(short_name, (*prior_sets(run), *run.sets))))
     prior = f", starting from the published prior `{c.prior}`" if c.prior else ""
     head = (f"# {short_name(run.target)} at {c.label_fraction:.3g} of the labels\n\n"
+            + "".join(f"{warning}\n\n" for warning in data_warnings(run)) +
             f"Profile `{run.profile}`, {len(c.seeds)} seeds, pre-trained on {sets}{prior}.\n")
     if run.profile != "smoke": return head
     return head + "\nThe numbers of this profile mean little. `--profile small` gives an answer, in hours.\n"

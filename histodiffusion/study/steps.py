@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from ..core import (
     HistoDiffusionError, card_html, derive_seed, load_tensors, read_json, save_tensors, write_json, write_table)
 from ..data.leakage import held_back, leakage, target_splits
-from ..data.patches import PatchSet, labelled_fraction, load_patches
+from ..data.patches import PatchSet, labelled_fraction, load_patches, unreadable_images
 from ..data.pool import unlabelled_pool
 from ..data.stain import normalise_stain
 from ..data.symmetries import d4_images
@@ -76,7 +76,7 @@ def pretraining_data(run:Run, folder:Path):
     np.save(folder/"pool.npy", _stained(run, images[order]))
     counts = {s: int((origin == k).sum()) for k, s in enumerate(run.sets)}
     write_json(folder/"pool.json", dict(counts=counts, shape=list(images.shape), origin=origin[order].tolist()))
-    return dict(images=len(images))
+    return dict(images=len(images), left_out=sum(map(unreadable_images, run.sets)) if run.skip_corrupt else 0)
 
 # %% ../../nbs/library/study/06_steps.ipynb #02af519b
 @stage("target_data")
@@ -89,7 +89,8 @@ def target_data(run:Run, folder:Path):
     write_json(folder/"manifest.json", dict(name=patches.name, classes=patches.classes, counts=patches.counts(),
                                             labels=patches.labels.tolist(), keys=patches.keys, groups=groups,
                                             splits=splits, patients=len({*(patches.groups or [])} - {""})))
-    return dict(images=len(patches))
+    return dict(images=len(patches), left_out=unreadable_images(run.target) if run.skip_corrupt else 0)
+
 
 # %% ../../nbs/library/study/06_steps.ipynb #617c3742
 def read_pool(run:Run) -> np.ndarray: # (N, H, W, C) uint8
