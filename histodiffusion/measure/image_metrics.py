@@ -43,7 +43,7 @@ def random_rows(
 
 def common_count(
     counts:list, # sizes of the sets that a table compares
-    least:float=.25, # smallest size that still counts, relative to the largest, 0..1
+    least:float=.2, # smallest size that still counts, relative to the largest, 0..1
 ) -> int: # 0: no set contains anything
     "The number at which sets are compared: the smallest size, less the sets that are far too small."
     return int(min((c for c in counts if c >= least*max(counts)), default=0))
@@ -102,15 +102,13 @@ def image_quality(
     synthetic_features:dict, # encoder's name -> (M, D) features of the synthetic patches
     real_features:dict, # encoder's name -> (N, D) features of real patches not used in training, N > k
     k:int=5, # neighbours, for precision, recall, density and coverage
-    seed:int=0, # of the random subsets
-    n:int|None=None, # synthetic patches that are compared, a random subset; None: all
+    seed:int=0, # of the subsets of the kernel distance
 ) -> dict: # n_real, n_synthetic, then for each encoder fd_, kid_, kid_sd_, precision_, recall_, density_, coverage_
     "Image metrics of synthetic patches, in columns named after the encoder; only Inception's are called fid and kid."
     counts = [{len(f) for f in features.values()} for features in (real_features, synthetic_features)]
     if set(synthetic_features) != set(real_features) or any(len(c) != 1 for c in counts):
         raise HistoDiffusionError("The features are not of the same encoders and patches: encode both sets again.")
-    synthetic_features = {name: random_rows(f, n, seed) for name, f in synthetic_features.items()}
-    row = dict(n_real=counts[0].pop(), n_synthetic=max(map(len, synthetic_features.values()), default=0))
+    row = dict(n_real=counts[0].pop(), n_synthetic=counts[1].pop())
     for name, real in real_features.items():
         synthetic, values = synthetic_features[name], [float("nan")]*7
         distances = ("fid", "kid", "kid_sd") if name == "inception" else (f"fd_{name}", f"kid_{name}", f"kid_sd_{name}")
