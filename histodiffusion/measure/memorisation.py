@@ -144,7 +144,7 @@ def known_copies(
     autoencoder, # AutoencoderDC
     unet, # UNet2DModel
     images:np.ndarray, # (N, H, W, C) uint8, of the reference
-    most:int=200, # patches, a random subset
+    most:int=160, # patches, a random subset
     seed:int=0, # of the subset, the symmetries and the noise
     prediction:str="epsilon", # what the U-Net predicts: 'epsilon' or 'v_prediction'
 ) -> dict: # 'turned', 't100', 't300', 't500' -> thumbnails

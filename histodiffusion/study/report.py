@@ -101,14 +101,15 @@ def safety_sentences(
 ) -> list: # sentences
     "Copies, labels, calibration and classes."
     lines = [_copies_sentence(r) for _, r in copies.iterrows()]
-    mean = lambda share, n: (noise[share]*noise[n]).sum()/max(1, noise[n].sum())
+    disputed, errs = ((noise[share]*noise[n]).sum()/max(1, noise[n].sum()) for share, n in
+                      (("disputed_share", "patches"), ("oracle_error", "validation_patches")))
     error = (calibration.confidence - calibration.accuracy).abs()*calibration.share
     error = error.groupby(calibration.method).sum()
     lose = classes[classes.gain_ci_high < 0]["class"]
     new, real = (error.get(method, 0) for method in ("histodiffusion_selected", "real"))
     return [*(lines or ["No patch was selected, so there is nothing to copy."]),
-            f"Labels: an oracle, trained on all training labels, disputes {mean('disputed_share', 'patches'):.0%} of the "
-            f"selected patches; it errs on {mean('oracle_error', 'validation_patches'):.0%} of real validation patches.",
+            f"Labels: an oracle, trained on all training labels, disputes {disputed:.0%} of the selected patches; it "
+            f"errs on {errs:.0%} of real validation patches.",
             f"Calibration error: {new:.3f}, with real patches alone {real:.3f}.",
             f"Classes: {', '.join(lose)} lose recall." if len(lose) else
             "Classes: none loses recall beyond its interval."]

@@ -66,9 +66,9 @@ def table_1(run:Run, folder:Path):
                 "seeds; gains over `real` and over `standard_augmentation` (gain_std) with 95 % intervals over seeds "
                 "and test patches, p-values after Holm.")
     runs = [r for s, r in run.inputs("table_1") if s == "augment"]
-    for name, caption in dict(adaptation="Guidance alone and fine-tuned prior with guidance, a row per seed; Fréchet distances of "
-                                         "n_synthetic random candidates, and of n_selected random selected patches "
-                                         "(missing where fewer passed), to n_real validation patches.",
+    for name, caption in dict(adaptation="Guidance alone and fine-tuned prior with guidance, a row per seed; Fréchet "
+                                         "distances of n_synthetic random candidates, and of n_selected random "
+                                         "selected patches (missing where fewer passed), to n_real validation patches.",
                               selection="Candidates that passed each rule, by class and seed.").items():
         every = pd.concat([pd.read_csv(r.folder("select")/f"{name}.csv").assign(seed=r.seed) for r in runs])
         write_table(every, run.results/name, caption)
