@@ -15,10 +15,12 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from histodiffusion.core import HistoDiffusionError
 from histodiffusion.measure.image_metrics import (
+    common_count,
     frechet_distance,
     image_quality,
     kernel_distance,
     precision_recall_density_coverage,
+    random_rows,
 )
 from histodiffusion.models.encoders import encode_images, encoder_names, load_encoder
 
@@ -152,3 +154,21 @@ def test_squeezenet_takes_patches_of_any_size_grey_or_colour():
     for shape in ((8, 8, 1), (64, 64, 3), (70, 40, 1), (150, 150, 3)):
         features = encode_images(encoder, rng.integers(0, 256, (3, *shape), dtype=np.uint8))
         assert features.shape == (3, 512) and np.isfinite(features).all() and features.std() > 0
+
+
+def test_sets_of_two_sizes_from_one_distribution_are_equally_far_at_equal_numbers():
+    rng = np.random.default_rng(0)
+    mix = rng.normal(size=(64, 64))
+    real, small, large = (rng.normal(size=(n, 64)) @ mix for n in (500, 120, 600))
+    n = common_count([len(small), len(large)])
+    assert n == 120 and len(random_rows(large, n)) == 120
+    equal = [np.mean([frechet_distance(random_rows(f, n, s), real) for s in range(8)]) for f in (small, large)]
+    unequal = [frechet_distance(f, real) for f in (small, large)]
+    assert unequal[0] > 2 * unequal[1] and equal[0] == pytest.approx(equal[1], rel=0.1)
+
+
+def test_a_set_that_is_far_too_small_does_not_lower_the_common_number():
+    assert common_count([480, 120, 3]) == 120 and common_count([0, 0]) == 0 and common_count([]) == 0
+    assert len(random_rows(np.zeros((3, 4)), 120)) == 0 and len(random_rows(np.zeros((3, 4)), None)) == 3
+    chosen = random_rows(np.arange(1000), 100)
+    assert len(np.unique(chosen)) == 100 and (chosen == random_rows(np.arange(1000), 100)).all()

@@ -12,7 +12,7 @@ from statsmodels.stats.multitest import multipletests
 
 from histodiffusion.core import HistoDiffusionError, write_table
 from histodiffusion.measure.figures import figure_2, save_figure
-from histodiffusion.measure.image_metrics import frechet_distance, near_copies
+from histodiffusion.measure.image_metrics import frechet_distance
 from histodiffusion.measure.selection import (
     RULES,
     centroid_rule,
@@ -269,14 +269,6 @@ def test_frechet_distance_of_exact_gaussians():
     white = np.linalg.qr(white - white.mean(0))[0]*np.sqrt(299)
     assert frechet_distance(white, 3*white + 2) == pytest.approx(5*(2**2 + (3 - 1)**2))
     assert frechet_distance(white, white[::-1]) == pytest.approx(0, abs=1e-9)
-
-
-def test_copies_are_found():
-    rng = np.random.default_rng(0)
-    real = rng.normal(size=(600, 12))
-    assert near_copies(real[:50] + 1e-3, real[:300], real[300:])["share"] == 1
-    assert near_copies(rng.normal(size=(300, 12)), real[:300], real[300:])["share"] < .05
-    assert near_copies(np.zeros((0, 12)), real[:300], real[300:])["share"] == 0
 
 
 def test_a_table_reads_back_and_shows_missing_values(tmp_path):

@@ -20,11 +20,10 @@ from fastcore.basics import patch
 from ..core import derive_seed, hash_object, progress, read_json, write_json, write_table
 from ..measure import figures
 from ..measure.figures import save_figure
-from ..measure.image_metrics import near_copies
+from ..measure.memorisation import CopyTest, thumbnails
 from ..measure.statistics import TABLE_COLUMNS, summarise_methods
 from ..models.autoencoder import decode_latents, encode_patches
 from ..models.diffusion import noise_schedule
-from ..models.encoders import encode_images
 from ..models.guidance import ClassifierGuidance
 from ..models.latent_classifier import LabelledLatents, LatentClassifier, noise_report
 from ..models.sampling import SamplingConfig, calibrate_rejection, load_pipeline, synthesize_patches
@@ -33,7 +32,7 @@ from .compare import ENCODER, PatchQuality
 from .prior import is_published
 from .run import Run, prior_sets
 from histodiffusion.study.steps import (
-    Selector, draw_candidates, fine_tune, fit_classifier, patient_groups, read_labelled, read_split,
+    Selector, copy_test, draw_candidates, fine_tune, fit_classifier, patient_groups, read_labelled, read_split,
     unlabelled_latents)
 from .tables import read_correct
 
@@ -122,7 +121,7 @@ def measure_cell(sampler:Sampler, measure:PatchQuality, cell:Cell) -> dict: # a 
     start = time.perf_counter()
     s = synthesize_patches(sampler.unet, sampler.vae, labels, *arguments, rejection=rejection)
     seconds, good = time.perf_counter() - start, sampler.selector(s["images"], labels)
-    every, accepted = measure(s["images"], labels), measure(s["images"][good], labels[good])
+    every, accepted = measure(s["images"], labels), measure(s["images"][good], labels[good], len(labels)//4)
     return dict(**asdict(cell) | dict(interval="{}-{}".format(*cell.interval)), patches=len(good), drawn=s["drawn"],
                 evaluations_per_patch=s["evaluations"]/len(good), seconds=seconds,
                 accepted_share=float(good.mean()), accepted_per_second=float(good.sum())/seconds,
@@ -159,7 +158,9 @@ def ablation_sampling(run:Run, folder:Path):
     grid = run.folder("sampling_grid")
     table, classifiers = pd.read_csv(grid/"grid.csv"), pd.read_csv(grid/"classifiers.csv")
     write_table(table, run.results/"ablation_sampling",
-                "One choice in sampling changed at a time; distances to validation patches.")
+                "One choice in sampling changed at a time; distances of n_synthetic patches, and of "
+                "accepted_n_synthetic random accepted ones (missing where fewer were accepted), to n_real validation "
+                "patches.")
     write_table(classifiers, run.results/"ablation_classifier",
                 "Latent classifiers on validation latents, by noise level.")
     save_figure(figures.plot_ablation(table, classifiers), run.figures/"ablation_sampling")
@@ -174,7 +175,7 @@ class Adapter:
         run:Run,
         folder, # where they are kept
     ):
-        self.run, self.folder = run, Path(folder)
+        self.run, self.folder, self.tests = run, Path(folder), {}
         self.vae, self.prior, _ = load_pipeline(run.folder("diffusion")/"model")
 
     def latents(self, fraction):
@@ -204,6 +205,19 @@ def unet(self:Adapter,
                   path.with_name(f"{path.name}-training"), mode).model.save_pretrained(path)
     return UNet2DModel.from_pretrained(path)
 
+# %% ../../nbs/library/study/09_ablate.ipynb #23e65ea8
+@patch
+def copies(self:Adapter,
+    mode:str, # one of ADAPTATION_MODES
+    fraction:float, # share of the training labels that is used
+) -> CopyTest:
+    "The test for copies of the patches that a mode was trained on, made once for all modes that share them."
+    share = 1. if mode.startswith("training") else fraction
+    if share not in self.tests:
+        known = read_split(self.run, "train") if mode.startswith("training") else read_labelled(self.run, fraction)
+        self.tests[share] = copy_test(self.run, known.images)
+    return self.tests[share]
+
 # %% ../../nbs/library/study/09_ablate.ipynb #448a2d2e
 def measure_adaptation(
     adapter:Adapter,
@@ -212,16 +226,15 @@ def measure_adaptation(
     fraction:float, # share of the training labels that is used
 ) -> dict: # a row of the table
     "Sample from an adapted prior, and measure all its patches and the copies among them."
-    run, encoder, labelled = adapter.run, measure.encoders[0], read_labelled(adapter.run, fraction)
+    run, labelled = adapter.run, read_labelled(adapter.run, fraction)
     labels = np.tile(np.arange(len(labelled.classes)), run.settings.ablation_per_class)
     s = draw_candidates(run.settings, adapter.vae, adapter.unet(mode, fraction), adapter.classifier(fraction), labels,
                         derive_seed("adaptation", run.seed))
-    trained_on = read_split(run, "train").images if mode.startswith("training") else labelled.images
-    drawn, known = (encode_images(encoder, x) for x in (s["images"], trained_on))
-    copies = near_copies(drawn, known, measure.real[encoder.name])
+    test = adapter.copies(mode, fraction)
+    ratio, held_out = test.compare(thumbnails(s["images"]))["ratio"], test.held_out["ratio"]
     return dict(adaptation=mode, label_fraction=fraction, labels=len(labelled), patches=len(labels),
-                near_copy_share=copies["share"], nearest_median=copies["median_synthetic"],
-                nearest_median_validation=copies["median_held_out"], **measure(s["images"], labels))
+                near_copy_share=float((ratio < test.threshold).mean()), copy_ratio_median=float(np.median(ratio)),
+                copy_ratio_median_validation=float(np.median(held_out)), **measure(s["images"], labels))
 
 # %% ../../nbs/library/study/09_ablate.ipynb #cbadcbf4
 @stage("adaptation_grid")
@@ -237,7 +250,8 @@ def ablation_adaptation(run:Run, folder:Path):
     "Write the table of adaptations and draw its figure."
     table = pd.read_csv(run.folder("adaptation_grid")/"grid.csv")
     write_table(table, run.results/"ablation_adaptation",
-                "Ways to adapt the prior, by label fraction; distances to validation patches.")
+                "Ways to adapt the prior, by label fraction; distances of n_synthetic patches to n_real validation "
+                "patches.")
     save_figure(figures.plot_adaptation(table), run.figures/"ablation_adaptation")
 
 # %% ../../nbs/library/study/09_ablate.ipynb #88c96876

@@ -18,7 +18,8 @@ import pandas as pd
 import torch
 
 from ..core import derive_seed, load_tensors, read_json, save_tensors, write_json, write_table
-from ..measure.image_metrics import image_quality, near_copies
+from ..measure.image_metrics import common_count, image_quality, random_rows
+from ..measure.memorisation import thumbnails
 from ..measure.selection import select_patches
 from ..measure.statistics import classification_metrics
 from ..models.backbone import BackboneConfig, build_backbone, predict, train_backbone
@@ -34,9 +35,10 @@ from .artefacts import stage
 from .prior import is_published, published_prior
 from .run import Run
 from .steps import (
-    Method, Selector, backbone_config, chosen_patches, load_backbone, load_teacher, measure_methods, read_labelled,
-    read_pool, read_split, read_synthetic, read_unlabelled, start_latents, synthetic_counts, train_with_patches,
-    training_work, with_patches)
+    Method, Selector, backbone_config, chosen_patches, copy_test, load_backbone, load_teacher, measure_methods,
+    read_labelled, read_pool, read_split, read_synthetic, read_unlabelled, start_latents, synthetic_counts,
+    train_with_patches, training_work, with_patches)
+
 
 # %% ../../nbs/library/study/07_compare.ipynb #a57e9341
 def generator_steps(run:Run) -> tuple: # steps of the prior, and of its adaptation
@@ -246,11 +248,13 @@ class PatchQuality:
     def __call__(self,
         images:np.ndarray, # (M, H, W, C) uint8
         targets:np.ndarray, # (M,) target classes
-    ) -> dict: # class_accuracy in 0..1, and what image_quality gives
+        n:int|None=None, # patches that image_quality compares, a random subset; None: all
+    ) -> dict: # class_accuracy in 0..1, and what image_quality gives; nothing of it where there are fewer than n
         "The quality of synthetic patches."
-        if not len(images): return dict(class_accuracy=float("nan"))
-        correct = float((predict(self.oracle, images).argmax(1) == targets).mean())
-        return dict(class_accuracy=correct, **image_quality(self.features(images), self.real))
+        if not len(images): return dict(class_accuracy=float("nan"), n_synthetic=0)
+        few, correct = random_rows(images, n), (predict(self.oracle, images).argmax(1) == targets).mean()
+        quality = image_quality(self.features(few), self.real) if len(few) else dict(n_synthetic=0)
+        return dict(class_accuracy=float(correct), **quality)
 
 # %% ../../nbs/library/study/07_compare.ipynb #141e8f0f
 def synthetic_sets(run:Run) -> dict: # method -> (M, H, W, C) uint8 patches and (M,) labels
@@ -274,16 +278,13 @@ def _accuracy_score(run, method, images, labels):
 def quality(run:Run, folder:Path):
     "Measure the patches that each method adds."
     measure, sets, rows = PatchQuality(run), synthetic_sets(run), []
-    first = measure.encoders[0]
-    labelled = encode_images(first, sets["real"][0])
+    n, copies = common_count([len(y) for _, y in sets.values()]), copy_test(run, sets["real"][0])
     for method, (images, labels) in sets.items():
         if not (path := folder/f"{method}.json").exists():
-            score, copies = _accuracy_score(run, method, images, labels), {}
-            if method != "real":
-                copies = near_copies(encode_images(first, images), labelled, measure.real[first.name])
-                copies = dict(near_copy_share=copies["share"])
-            write_json(path, dict(method=method, seed=run.seed, patches=len(images), **measure(images, labels),
-                                  classification_accuracy_score=score, **copies))
+            score = _accuracy_score(run, method, images, labels)
+            share = {} if method == "real" else dict(near_copy_share=copies(thumbnails(images)))
+            write_json(path, dict(method=method, seed=run.seed, patches=len(images), **measure(images, labels, n),
+                                  classification_accuracy_score=score, **share))
         rows.append(read_json(path))
     write_table(pd.DataFrame(rows), folder/"rows")
     return training_work(*[backbone_config(run)]*(len(sets) - 1))

@@ -31,6 +31,20 @@ def cost_sentence(
     return (f"All stages but the ablations took {once.seconds_sum.sum()/60:.0f} minutes on {longest.device}{memory}. "
             f"The longest, `{longest.stage}`, took {longest.seconds_sum/60:.0f}.")
 
+# %% ../../nbs/library/study/10_report.ipynb #5df2c4c2
+def _copies_sentence(row):
+    "What the test for copies found, and what it would have found; from a row of memorisation.csv."
+    if not row.n_reference:
+        return "Copies of pre-training patches: not tested, because the published prior comes without its patches."
+    times = [k for k in row.index if k.startswith("power_t") and k != "power_turned"]
+    redrawn = ", ".join(f"{row[k]:.0%} of copies redrawn from t = {k[7:]}" for k in times)
+    text = (f"Copies: {row.share:.1%} of the selected patches are nearer to a {row.reference} patch than "
+            f"{1 - row.expected_share:.1%} of unseen patches ({row.expected_share:.1%} expected by chance); the test "
+            f"finds {row.power_turned:.0%} of turned, reconstructed copies, {redrawn}.")
+    if row.power_turned < .5: return f"{text} It cannot exclude copies."
+    weak = ", ".join(k[7:] for k in times if row[k] < .5)
+    return f"{text} It cannot exclude copies redrawn from t = {weak}." if weak else text
+
 # %% ../../nbs/library/study/10_report.ipynb #a5b945cf
 def safety_sentences(
     copies:pd.DataFrame, # memorisation.csv
@@ -39,15 +53,16 @@ def safety_sentences(
     classes:pd.DataFrame, # gain_by_class.csv
 ) -> list: # sentences
     "Copies, labels, calibration and classes."
-    lines = [f"Copies, in features of `{r.encoder}`: {r.share:.1%} of the selected patches are nearer to a labelled "
-             "patch than 99 % of unseen real patches; 1 % is the rate expected by chance." for r in copies.itertuples()]
-    wrong = (noise.disputed_share*noise.patches).sum()/max(1, noise.patches.sum())
+    lines = [_copies_sentence(r) for _, r in copies.iterrows()]
+    disputed, errs = ((noise[share]*noise[n]).sum()/max(1, noise[n].sum()) for share, n in
+                      (("disputed_share", "patches"), ("oracle_error", "validation_patches")))
     error = (calibration.confidence - calibration.accuracy).abs()*calibration.share
     error = error.groupby(calibration.method).sum()
     lose = classes[classes.gain_ci_high < 0]["class"]
     new, real = (error.get(method, 0) for method in ("histodiffusion_selected", "real"))
     return [*(lines or ["No patch was selected, so there is nothing to copy."]),
-            f"Labels: an oracle, trained on all training labels, disputes {wrong:.0%} of the selected patches.",
+            f"Labels: an oracle, trained on all training labels, disputes {disputed:.0%} of the selected patches; it "
+            f"errs on {errs:.0%} of real validation patches.",
             f"Calibration error: {new:.3f}, with real patches alone {real:.3f}.",
             f"Classes: {', '.join(lose)} lose recall." if len(lose) else
             "Classes: none loses recall beyond its interval."]

@@ -8,7 +8,7 @@ __all__ = ['ADAPTATIONS', 'REAL', 'pretraining_data', 'target_data', 'read_pool'
            'unlabelled_latents', 'adapt', 'draw_candidates', 'start_latents', 'synthesize', 'Candidates',
            'read_synthetic', 'backbone_config', 'teacher_config', 'training_work', 'teacher', 'load_teacher',
            'augmentation_grid', 'real_only', 'load_backbone', 'Selector', 'ratios_of', 'synthetic_counts', 'select',
-           'chosen_patches', 'train_with_patches', 'Method', 'with_patches', 'measure_methods', 'augment']
+           'copy_test', 'chosen_patches', 'train_with_patches', 'Method', 'with_patches', 'measure_methods', 'augment']
 
 # %% ../../nbs/library/study/06_steps.ipynb #0411310f
 from collections.abc import Callable
@@ -28,7 +28,8 @@ from ..data.patches import PatchSet, labelled_fraction, load_patches, unreadable
 from ..data.pool import unlabelled_pool
 from ..data.stain import normalise_stain
 from ..data.symmetries import d4_images
-from ..measure.image_metrics import frechet_distance, near_copies
+from ..measure.image_metrics import common_count, frechet_distance, random_rows
+from ..measure.memorisation import CopyTest, reconstructed, thumbnails
 from ..measure.selection import class_centroids, class_spacing, select_patches, selection_report
 from ..measure.statistics import classification_metrics
 
@@ -484,7 +485,7 @@ def select(run:Run, folder:Path):
     "Choose synthetic patches for each ratio, and measure both adaptations."
     c, labelled, selector = run.settings, read_labelled(run), Selector(run)
     wanted = {f"{r:g}": synthetic_counts(labelled, r).tolist() for r in ratios_of(c)}
-    chosen, reports, quality = {}, [], []
+    chosen, reports, drawn = {}, [], {}
     for name in ADAPTATIONS if c.finetune_steps else ADAPTATIONS[:1]:
         s = read_synthetic(run, name)
         targets, evidence = s["labels"], selector.evidence(s["images"])
@@ -494,22 +495,35 @@ def select(run:Run, folder:Path):
         kept = np.array(chosen[name]["selected"][f"{c.ratio:g}"], int)
         report = selection_report(targets, kept, labelled.classes, **evidence)
         reports.append(report.assign(wanted=wanted[f"{c.ratio:g}"], adaptation=name))
-        quality.append(dict(adaptation=name, seed=run.seed,
-                            **_quality(run, labelled, s, kept, evidence["probabilities"])))
+        drawn[name] = s, kept, evidence["probabilities"]
     write_json(folder/"chosen.json", dict(wanted=wanted, chosen=chosen))
     write_table(pd.concat(reports), folder/"selection")
-    write_table(pd.DataFrame(quality), folder/"adaptation")
+    write_table(pd.DataFrame(_quality(run, labelled, drawn)), folder/"adaptation")
 
 # %% ../../nbs/library/study/06_steps.ipynb #78c598b1
-def _quality(run, labelled, s, kept, probabilities):
-    "Agreement with the teacher, distance to real tissue, and copies of labelled patches, for one adaptation."
-    encoder, validation = load_encoder(), read_split(run, "validation")
-    real, synthetic, held_out = (encode_images(encoder, x) for x in (labelled.images, s["images"], validation.images))
-    agreement = (probabilities.argmax(1) == s["labels"]).mean()
-    selected = frechet_distance(synthetic[kept], held_out) if len(kept) > 1 else float("nan")
-    return dict(generated=len(synthetic), kept=len(kept), teacher_agreement=float(agreement),
-                fd_lite0_validation=frechet_distance(synthetic, held_out), fd_lite0_selected=selected,
-                near_copy_share=near_copies(synthetic, real, held_out)["share"])
+def copy_test(
+    run:Run,
+    images:np.ndarray, # (N, H, W, C) uint8 real patches that may have been copied
+) -> CopyTest:
+    "The test for copies of real patches; validation patches of the run set its threshold."
+    vae = load_autoencoder(run)
+    return CopyTest(*(reconstructed(vae, x) for x in (images, read_split(run, "validation").images)))
+
+def _distance(encoder, images, real, n):
+    "Fréchet distance of n random patches to real features; missing where there are fewer."
+    few = random_rows(images, n)
+    return frechet_distance(encode_images(encoder, few), real) if len(few) > 1 else float("nan")
+
+def _quality(run, labelled, drawn):
+    "Agreement with the teacher, distances at equal numbers and copies; from each adaptation's candidates and choice."
+    encoder, validation, copies = load_encoder(), read_split(run, "validation"), copy_test(run, labelled.images)
+    real = encode_images(encoder, validation.images)
+    n, chosen = (common_count([*map(len, x)]) for x in zip(*((s["labels"], kept) for s, kept, _ in drawn.values())))
+    return [dict(adaptation=name, seed=run.seed, generated=len(s["labels"]), kept=len(kept),
+                 teacher_agreement=float((p.argmax(1) == s["labels"]).mean()), n_real=len(real), n_synthetic=n,
+                 fd_lite0_validation=_distance(encoder, s["images"], real, n), n_selected=chosen,
+                 fd_lite0_selected=_distance(encoder, s["images"][kept], real, chosen),
+                 near_copy_share=copies(thumbnails(s["images"]))) for name, (s, kept, p) in drawn.items()]
 
 # %% ../../nbs/library/study/06_steps.ipynb #9f5814e5
 def chosen_patches(

@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import load_tensors, read_json, write_table
+from ..core import derive_seed, load_tensors, read_json, write_table
 from ..data.catalogue import may_show
 from ..data.patches import short_name
+from ..data.symmetries import symmetry
 from ..measure import figures
 from ..measure.figures import save_figure
-from ..measure.image_metrics import near_copies, nearest_neighbours
+from ..measure.memorisation import CopyTest, decoded, known_copies, reconstructed, thumbnails
 from ..measure.statistics import gain_interval, holm, summarise_methods
+from ..models.autoencoder import encode_patches
 from ..models.backbone import predict
 from ..models.sampling import load_pipeline
 from .artefacts import stage
@@ -27,7 +29,8 @@ from .prior import is_published, published_prior
 from .run import Run
 from .stages import STAGES
 from .steps import (
-    chosen_patches, draw_candidates, patient_groups, read_labelled, read_split, read_synthetic)
+    chosen_patches, draw_candidates, patient_groups, read_labelled, read_pool, read_split, read_synthetic)
+
 
 # %% ../../nbs/library/study/08_tables.ipynb #6a734446
 def gather(
@@ -53,7 +56,9 @@ def read_correct(
 
 # %% ../../nbs/library/study/08_tables.ipynb #ed1f41c4
 SEED_TABLES = dict(
-    adaptation=("select", "Guidance alone and fine-tuned prior with guidance, a row per seed."),
+    adaptation=("select", "Guidance alone and fine-tuned prior with guidance, a row per seed; Fréchet distances of "
+                "n_synthetic random candidates, and of n_selected random selected patches (missing where fewer passed), "
+                "to n_real validation patches."),
     selection=("select", "Candidates that passed each rule, and how many were wanted, by class and seed."),
     augmentation=("real_only", "Standard augmentation: what was tried, and chosen on the validation split."))
 
@@ -86,9 +91,12 @@ def table_2(run:Run, folder:Path):
     table = numbers.mean().add_suffix("_mean").join(numbers.std(ddof=1).add_suffix("_sd"))
     order = [c + end for c in rows.columns.drop(["method", "seed", "patches"]) for end in ("_mean", "_sd")]
     table = table.rename(columns=dict(patches_mean="patches"))[["patches", *order]].reset_index()
+    right = read_json(run.folder("oracle")/"metrics.json")["accuracy"]
     write_table(table.assign(n_seeds=len(run.settings.seeds)), run.results/"table_2",
-                "Patches that each method adds, against validation patches; class accuracy by an oracle trained on all "
-                "training labels; classification accuracy score: trained on these patches alone.")
+                "Patches that each method adds; image metrics of n_synthetic random ones (missing where there are "
+                "fewer) against n_real validation patches; class accuracy by an oracle trained on all training labels, "
+                f"those of `real` among them, which is right on {right:.1%} of real validation patches; classification "
+                "accuracy score: trained on these patches alone.")
 
 # %% ../../nbs/library/study/08_tables.ipynb #c1c6de5b
 def records_of(
@@ -230,33 +238,68 @@ def safety(run:Run, folder:Path):
 def _check_patches(run, measure, labelled, chosen):
     "Write the label noise and the copies of the selected patches, and where they are among real ones."
     images, targets = chosen if chosen[0] is not None else (labelled.images[:0], labelled.labels[:0])
-    wrong = predict(measure.oracle, images).argmax(1) != targets if len(images) else np.zeros(0, bool)
-    rows = [{"class": c, "patches": int((here := targets == k).sum()),
-             "disputed_share": float(wrong[here].mean()) if here.any() else float("nan")}
-            for k, c in enumerate(labelled.classes)]
-    write_table(pd.DataFrame(rows), run.results/"label_noise",
-                "Selected patches whose class an oracle, trained on all training labels, disputes.")
+    real = read_split(run, "validation")
+    selected, validation = (_disputed(measure.oracle, *p, len(labelled.classes))
+                            for p in ((images, targets), (real.images, real.labels)))
+    table = pd.DataFrame({"class": labelled.classes, "patches": selected[0], "disputed_share": selected[1],
+                          "validation_patches": validation[0], "oracle_error": validation[1]})
+    write_table(table, run.results/"label_noise",
+                "Selected patches whose class an oracle, trained on all training labels, disputes; its error on real "
+                "validation patches.")
     if len(images): return _check_copies(run, measure, labelled, images, targets)
-    write_table(pd.DataFrame(columns=["encoder", "share", "expected_share"]), run.results/"memorisation",
+    write_table(pd.DataFrame(columns=["reference", "share", "expected_share"]), run.results/"memorisation",
                 "No patch was selected.")
+
+def _disputed(oracle, images, labels, k):
+    "Patches of each class, and the share of them that the oracle names otherwise."
+    wrong = predict(oracle, images).argmax(1) != labels if len(images) else np.zeros(0, bool)
+    shares = [float(wrong[labels == c].mean()) if (labels == c).any() else float("nan") for c in range(k)]
+    return np.bincount(labels, minlength=k), shares
 
 # %% ../../nbs/library/study/08_tables.ipynb #c88bc09b
 def _check_copies(run, measure, labelled, images, targets):
-    "Write near copies of labelled patches in each feature space; draw the closest pairs and the feature map."
-    drawn, real = measure.features(images), measure.features(labelled.images)
-    rows = [dict(encoder=n, **near_copies(drawn[n], real[n], held_out)) for n, held_out in measure.real.items()]
+    "Write the test for copies of real patches; draw the closest pairs and the feature map."
+    first, drawn, rows = run.with_seed(run.settings.seeds[0]), thumbnails(images), []
+    vae, unet, _ = load_pipeline(first.folder("adapt")/"model")
+    held_out, seed = reconstructed(vae, read_split(run, "validation").images), derive_seed("copies", 0)
+    for name, (known, thumbs) in _references(first, vae, labelled).items():
+        test = CopyTest(thumbs, held_out)
+        copies = known_copies(vae, unet, known, seed=seed, prediction=run.settings.prediction)
+        rows.append(dict(reference=name, **test.report(drawn, copies)))
+        if name == "labelled": _draw_pairs(run, images, labelled.images, test.compare(drawn))
+    if len(rows) < 2: rows.append(dict(reference="pre-training", n=len(images), n_reference=0))
     write_table(pd.DataFrame(rows), run.results/"memorisation",
-                "Selected patches nearer to a labelled patch than all but 1 % of validation patches; distances of "
-                "features of length 1.")
-    first = measure.encoders[0].name
-    distance, nearest = nearest_neighbours(drawn[first], real[first])
-    i = np.argsort(distance)[:10]
-    if _may_draw(run):
-        fig = figures.plot_pairs(images[i], labelled.images[nearest[i]], distance[i])
-        save_figure(fig, run.figures/"closest_pairs")
-    held_out = read_split(run, "validation")
-    features, labels = np.concatenate([measure.real[first], drawn[first]]), np.concatenate([held_out.labels, targets])
-    fig = figures.plot_feature_map(_flat(features), labels, np.arange(len(labels)) >= len(held_out), labelled.classes)
+                "Share of the selected patches that the test takes for copies of real patches (by chance: "
+                "expected_share), and its power: the share that it finds of known copies, turned and reconstructed, "
+                "or redrawn from t = 100, 300, 500." + bool(run.settings.prior)*" The patches that the published "
+                "prior was trained on are not here to be compared.")
+    _draw_map(run, measure, images, targets)
+
+# %% ../../nbs/library/study/08_tables.ipynb #a6f0f4c0
+def _references(run, vae, labelled):
+    "Real patches that may have been copied, with the thumbnails of what the autoencoder makes of them."
+    found = dict(labelled=(labelled.images, reconstructed(vae, labelled.images)))
+    if is_published(run.settings, "pretraining_data"): return found
+    pool, latents = read_pool(run), load_tensors(run.folder("diffusion")/"latents.safetensors")["latents"]
+    if len(latents) < len(pool): latents = encode_patches(vae, pool)  # the U-Net was not trained on them
+    return found | {"pre-training": (pool, decoded(vae, latents))}
+
+# %% ../../nbs/library/study/08_tables.ipynb #eaee1bfe
+def _draw_pairs(run, images, real, compared):
+    "Draw the ten patches that are relatively nearest to a real one, each with that one in the symmetry that fits."
+    i = np.argsort(compared["ratio"])[:10]
+    gap = lambda x, y: np.abs(x.astype(float) - y).mean()
+    turned = [min((symmetry(real[r], m, (0, 1)) for m in range(8)), key=lambda x: gap(x, y))
+              for y, r in zip(images[i], compared["row"][i])]
+    if not _may_draw(run): return
+    save_figure(figures.plot_pairs(images[i], np.stack(turned), compared["ratio"][i]), run.figures/"closest_pairs")
+
+def _draw_map(run, measure, images, targets):
+    "Draw where synthetic patches are among real ones, in features."
+    real, name = read_split(run, "validation"), measure.encoders[0].name
+    features = np.concatenate([measure.real[name], measure.features(images)[name]])
+    labels, synthetic = np.concatenate([real.labels, targets]), np.arange(len(features)) >= len(real)
+    fig = figures.plot_feature_map(_flat(features), labels, synthetic, real.classes)
     save_figure(fig, run.figures/"feature_map")
 
 def _flat(features):
