@@ -57,8 +57,8 @@ def read_correct(
 # %% ../../nbs/library/study/08_tables.ipynb #ed1f41c4
 SEED_TABLES = dict(
     adaptation=("select", "Guidance alone and fine-tuned prior with guidance, a row per seed; Fréchet distances of "
-                "n_synthetic random candidates, and of n_selected random selected patches (missing where fewer passed), "
-                "to n_real validation patches."),
+                "n_synthetic random candidates, and of n_selected random selected patches (missing where fewer "
+                "passed), to n_real validation patches."),
     selection=("select", "Candidates that passed each rule, and how many were wanted, by class and seed."),
     augmentation=("real_only", "Standard augmentation: what was tried, and chosen on the validation split."))
 
