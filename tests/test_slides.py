@@ -10,6 +10,9 @@ from PIL import Image
 from histodiffusion.core import HistoDiffusionError, load_settings
 from histodiffusion.data.patches import load_patches, split_patches
 from histodiffusion.data.phantom import phantom_patches
+from histodiffusion.study.checks import check_run
+from histodiffusion.study.run import Run
+from histodiffusion.study.steps import patient_groups, target_data
 
 pytest.importorskip("openslide", reason="needs openslide-python and openslide-bin: install the extra 'slides'")
 tifffile = pytest.importorskip("tifffile", reason="needs tifffile, which is in the extra 'dev'")
@@ -203,7 +206,7 @@ def test_a_damaged_slide_is_read_or_reported(slide, mosaic, tmp_path, seed):
         assert 0 < len(manifest) <= 40 and all((tmp_path / "out" / f).is_file() for f in manifest.file)
 
 
-def test_a_split_keeps_the_patches_of_a_patient_together(mosaic, tmp_path):
+def test_a_split_keeps_the_patches_of_a_patient_together(mosaic, tmp_path, monkeypatch):
     for i in range(12):
         Image.fromarray(np.roll(mosaic[:256, :512], 17 * i, 1)).save(tmp_path / f"p{i // 2}-{i % 2}.png")
     manifest = tile_slides(
@@ -221,3 +224,10 @@ def test_a_split_keeps_the_patches_of_a_patient_together(mosaic, tmp_path):
     sides = [{patches.groups[i] for i in indices} for indices in split.values()]
     assert all(sides) and sum(map(len, sides)) == 6
     assert sum(map(len, split.values())) == 240
+    monkeypatch.setenv("HISTODIFFUSION_RESULTS_PATH", str(tmp_path / "results"))
+    run = Run("smoke", f"folder:{tmp_path / 'out'}", ["phantom:kyoto:9"])
+    target_data(run)
+    groups, known = patient_groups(run)  # an interval takes them as what was drawn, not their patches
+    assert known and len(set(groups)) < 6 < len(groups) and set(groups) <= set(of.values())
+    warnings = check_run(run)
+    assert f"few patients or slides in the test split ({len(set(groups))}): the interval of the gain will be wide" in warnings
