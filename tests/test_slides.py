@@ -229,5 +229,4 @@ def test_a_split_keeps_the_patches_of_a_patient_together(mosaic, tmp_path, monke
     target_data(run)
     groups, known = patient_groups(run)  # an interval takes them as what was drawn, not their patches
     assert known and len(set(groups)) < 6 < len(groups) and set(groups) <= set(of.values())
-    warnings = check_run(run)
-    assert f"few patients or slides in the test split ({len(set(groups))}): the interval of the gain will be wide" in warnings
+    assert any(f"few patients or slides in the test split ({len(set(groups))})" in w for w in check_run(run))

@@ -112,21 +112,26 @@ def _count(target):
     files = list_images(target)
     return len(files), len({p.parent for p in files})
 
+def _plan_head(run):
+    "What a plan is for, several lines."
+    c, (patches, classes) = run.settings, _count(run.target)
+    continued = "" if is_published(c, "diffusion") else ", its training continued"
+    return [f"profile   {run.profile}: {c.description}",
+            f"target    {run.target}: {patches} patches, {classes} classes, labels of {c.label_fraction:.3g} of the "
+            "training patches",
+            f"pool      {c.pretrain_patches} unlabelled patches of {', '.join(run.sets)}",
+            *[f"prior     '{c.prior}'{continued}"]*bool(c.prior),
+            f"patches   {c.image_size} px, {'grey' if run.channels == 1 else 'colour'}", ""]
+
+# %% ../../nbs/library/app/02_reproduce.ipynb #abee51f4
 def describe_plan(
     run:Run,
     targets=RESULTS, # stages to arrive at
 ) -> str: # several lines
     "Stages, which are done, and how long the others took before."
-    jobs, records, c = plan(run, targets), _records(run.profile), run.settings
+    jobs, records = plan(run, targets), _records(run.profile)
     seconds, made = measured_seconds(run.profile, records), {(r.get("key_without_code"), r["key"]) for r in records}
-    patches, classes = _count(run.target)
-    lines = [f"profile   {run.profile}: {c.description}",
-             f"target    {run.target}: {patches} patches, {classes} classes, labels of {c.label_fraction:.3g} of the "
-             "training patches",
-             f"pool      {c.pretrain_patches} unlabelled patches of {', '.join(run.sets)}",
-             f"patches   {c.image_size} px, {'grey' if run.channels == 1 else 'colour'}", ""]
-    continued = "" if is_published(c, "diffusion") else ", its training continued"
-    if c.prior: lines.insert(3, f"prior     '{c.prior}'{continued}")
+    lines = _plan_head(run)
     for j in jobs:
         time = "done" if j.done else f"~{duration(seconds[j.stage])}" if j.stage in seconds else "not measured"
         before = any(same == j.key_without_code and key != j.key for same, key in made)

@@ -24,6 +24,8 @@ from ..measure.selection import select_patches
 from ..measure.statistics import classification_metrics
 from ..models.backbone import BackboneConfig, build_backbone, predict, train_backbone
 from ..models.baselines import GAN_BATCH, colour_features, linear_probe, sample_gan, train_gan
+
+# %% ../../nbs/library/study/07_compare.ipynb #0538e3e7
 from ..models.conditional import train_conditional
 from ..models.diffusion import build_unet, noise_schedule
 from ..models.encoders import encode_images, encoder_names, load_encoder
@@ -38,7 +40,6 @@ from .steps import (
     Method, Selector, backbone_config, chosen_patches, copy_test, load_backbone, load_teacher, measure_methods,
     read_labelled, read_pool, read_split, read_synthetic, read_unlabelled, start_latents, synthetic_counts,
     train_with_patches, training_work, with_patches)
-
 
 # %% ../../nbs/library/study/07_compare.ipynb #a57e9341
 def generator_steps(run:Run) -> tuple: # steps of the prior, and of its adaptation

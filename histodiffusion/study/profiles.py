@@ -71,7 +71,7 @@ class PriorSettings:
     unet_attention: tuple[bool, ...] = (False, True) # self-attention at each level
     prediction: Literal["epsilon", "v_prediction"] = "epsilon" # what the U-Net predicts
     min_snr_gamma: PositiveOrZero = 5. # min-SNR loss weighting, >= 0; 0: none
-    diffusion_steps: CountOrZero = 150 # optimiser steps, >= 0; 0: random weights, no pre-training
+    diffusion_steps: CountOrZero = 100 # optimiser steps, >= 0; 0: random weights, no pre-training
     diffusion_batch: Count = 32 # latents per step, > 0
     diffusion_lr: Positive = 1e-3 # peak learning rate, > 0
 

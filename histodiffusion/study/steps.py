@@ -553,6 +553,7 @@ def train_with_patches(
     return train_backbone(labelled.images, labelled.labels, len(labelled.classes), config, *extra, extra_targets=soft,
                           desc=desc)
 
+# %% ../../nbs/library/study/06_steps.ipynb #aeaa2028
 @dataclass
 class Method:
     "A row of Table 1: how to get posteriors, and what was spent."
@@ -560,6 +561,7 @@ class Method:
     added: int = 0 # patches that were added to the labelled ones
     work: dict = field(default_factory=lambda: training_work()) # steps and images of its training
 
+# %% ../../nbs/library/study/06_steps.ipynb #fe010f0b
 def with_patches(
     run:Run,
     extra:tuple, # patches and labels; None, None: none
