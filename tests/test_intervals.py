@@ -65,5 +65,14 @@ def test_patients_make_intervals_wider_where_a_method_suits_some():
     assert gain_interval(d[:, order], 0 * d, groups=names[order]) == pytest.approx(grouped)
 
 
+def test_a_patient_with_most_patches_does_not_make_the_interval_narrow():
+    rng, patients, covered = np.random.default_rng(0), np.r_[[0] * 150, np.arange(150) % 9 + 1], 0
+    for _ in range(400):
+        d = 0.05 * rng.standard_normal(10)[patients] + 0.3 * rng.standard_normal((5, 300))
+        low, high = gain_interval(d, 0 * d, groups=patients)[1:3]
+        covered += low <= 0 <= high
+    assert covered / 400 > 0.9  # 0.86 where deviations are divided by the number of all patches
+
+
 if __name__ == "__main__":
     print(simulate().round(4).to_markdown(index=False))

@@ -14,7 +14,7 @@ from PIL import Image
 
 import histodiffusion
 from histodiffusion.app.cli import parse
-from histodiffusion.app.reproduce import show_results
+from histodiffusion.app.reproduce import measured_seconds, show_results
 from histodiffusion.core import HistoDiffusionError, best_precision, read_json, write_json
 from histodiffusion.data.phantom import phantom_patches
 from histodiffusion.study.artefacts import data_warnings, stage, stage_folder
@@ -202,6 +202,13 @@ def test_the_committed_tables_are_where_their_command_writes(monkeypatch):
             other = parse(["reproduce", "--profile", profile, "--dataset", dataset, *options, *changes]).make()
             assert other.results.parent == run.results.parent and other.results.name != dataset
     assert Run("small", "kather2016-grey64").place != "kather2016-grey64"  # the preset made none of the tables
+
+
+def test_a_plan_reads_the_committed_records(monkeypatch):
+    for kind in ("RESULTS", "FIGURES"):
+        monkeypatch.delenv(f"HISTODIFFUSION_{kind}_PATH", raising=False)
+    assert "reconstruction" in " ".join(p.name for p in (ROOT / "results").rglob("*.provenance.json"))  # of no stage
+    assert measured_seconds("small")["table_1"] > 0
 
 
 def test_every_run_has_a_folder_of_its_own(results):

@@ -80,7 +80,9 @@ def _records(profile):
     records = []
     for path in load_settings().results_path.rglob("*provenance.json"):
         with contextlib.suppress(HistoDiffusionError, KeyError, TypeError):
-            if (record := read_json(path))["parameters"]["profile"] == profile: records.append(record)
+            record = read_json(path)
+            if record["parameters"]["profile"] == profile and {"stage", "key", "seconds"} <= {*record}:
+                records.append(record)  # other files, such as that of a measurement, have a record but no stage
     return records
 
 def measured_seconds(

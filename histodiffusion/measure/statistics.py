@@ -54,9 +54,9 @@ def _variances(d, groups):
     (n, m), mean = d.shape, d.mean()
     by_seed, by_patch = d.mean(1), d.mean(0)
     group = np.unique(np.arange(m) if groups is None else np.asarray(groups), return_inverse=True)[1]
-    k = group.max() + 1
-    if k < 2: return by_seed.var(ddof=1)/n, float("nan"), k
-    def squares(deviations): return (np.bincount(group, deviations, k)**2).sum()*k/(k - 1)/m**2
+    others = m - np.bincount(group)
+    if (k := len(others)) < 2: return by_seed.var(ddof=1)/n, float("nan"), k
+    def squares(deviations): return ((np.bincount(group, deviations, k)/others)**2).sum()*(k - 1)/k  # jackknife
     both = sum(squares(row) for row in d - by_seed[:, None] - by_patch + mean)/((n - 1)*n)
     return by_seed.var(ddof=1)/n, max(squares(by_patch - mean) - both, 0.), k
 

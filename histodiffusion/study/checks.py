@@ -17,7 +17,8 @@ from .run import Run
 # %% ../../nbs/library/study/11_checks.ipynb #249faf97
 def _labelled_set(run):
     "Labels, content keys and patients of a run's labelled set; None for large phantoms, which lack nothing."
-    if run.target.startswith("phantom:") and parse_phantom(run.target)[1] > 900: return None
+    n = parse_phantom(run.target)[1] if run.target.startswith("phantom:") else 0
+    if n > 900 and n*run.settings.label_fraction > 150: return None  # ten labelled patches of each class
     if run.target.startswith("phantom:"):
         patches = load_patches(run.target, run.settings.image_size, run.channels)
         return patches.labels, patches.keys, None
@@ -42,9 +43,16 @@ def check_run(run:Run) -> list: # warnings, a sentence each
     if len(classes) < 2:
         raise HistoDiffusionError(f"'{run.target}' has {len(classes)} class, and a classifier needs two or more: "
                                   "arrange the images as class/image.")
-    if (labelled := _labelled_set(run)) is None: return []
+    few = len(c.seeds) < 5 and run.profile != "smoke"
+    seeds = [f"{len(c.seeds)} seed{'s'*(len(c.seeds) > 1)}: a headline needs 5"]*few
+    if (labelled := _labelled_set(run)) is None: return seeds
     labels, keys, patients = labelled
     splits = target_splits(run.target, keys, labels, patients, c.image_size)[1]
     warnings = check_target(labels, keys, classes, splits, c.label_fraction, c.seeds, patients)
-    seeds = [f"{len(c.seeds)} seeds: a headline needs 5"]*(len(c.seeds) < 5 and run.profile != "smoke")
-    return warnings + seeds
+    return warnings + _ablation_warnings(c, np.bincount(labels[splits["train"]]).min()) + seeds
+
+def _ablation_warnings(c, fewest):
+    "Label fractions of the ablations that leave the smallest class of the training split empty."
+    empty = sorted(f for f in {*c.ablation_labels, *c.ablation_fractions} if f*fewest < .5)
+    return [f"label fraction {f:g} of the ablations leaves a class empty, so they will fail: give --ablation-labels "
+            f"and --ablation-fractions of {.5/fewest:.2g} or more" for f in empty[:1]]

@@ -207,6 +207,8 @@ def _problems(p):
         f"selection_rule must be one of {', '.join(RULES)}": p.selection_rule not in RULES,
         "prior_steps and prior_part need a prior": not p.prior and (p.prior_steps or p.prior_part != "whole"),
         "guidance_interval must name the earlier time first": first >= last,
+        "augmentation_strengths, augmentation_mixups and augmentation_schedules need a value or more": not all(
+            [p.augmentation_strengths, p.augmentation_mixups, p.augmentation_schedules]),
         "seeds must be one or more different whole numbers": not p.seeds or len(set(p.seeds)) < len(p.seeds),
         "autoencoder_channels and unet_channels need a level or more": not (p.autoencoder_channels and p.unet_channels),
         "unet_attention needs one value for each level of unet_channels": len(p.unet_attention) != len(p.unet_channels),

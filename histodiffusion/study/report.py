@@ -98,7 +98,7 @@ def report_head(run:Run) -> str: # Markdown
     prior = f", starting from the published prior `{c.prior}`" if c.prior else ""
     head = (f"# {short_name(run.target)} at {c.label_fraction:.3g} of the labels\n\n"
             + "".join(f"{warning}\n\n" for warning in data_warnings(run)) +
-            f"Profile `{run.profile}`, {len(c.seeds)} seeds, pre-trained on {sets}{prior}.\n")
+            f"Profile `{run.profile}`, {len(c.seeds)} seed{'s'*(len(c.seeds) > 1)}, pre-trained on {sets}{prior}.\n")
     if run.profile != "smoke": return head
     return head + "\nThe numbers of this profile mean little. `--profile small` gives an answer, in hours.\n"
 
@@ -106,7 +106,7 @@ def report_head(run:Run) -> str: # Markdown
 @stage("report")
 def report(run:Run, folder:Path):
     "Write the report of a run."
-    read, ratio = lambda name: pd.read_csv(run.results/f"{name}.csv"), run.settings.ratio
+    read, ratio = lambda name: pd.read_csv(run.results/f"{name}.csv", converters={"class": str}), run.settings.ratio
     checks, table = ("memorisation", "label_noise", "calibration", "gain_by_class"), read("table_1")
     groups, known = patient_groups(run)
     usage, scope = usage_sentences(read("selection")), scope_sentence(len(set(groups)) if known else 0)

@@ -388,7 +388,7 @@ def augmentation_grid(run:Run) -> list: # of BackboneConfig
     "The ways of standard augmentation that a run tries."
     c, base = run.settings, backbone_config(run)
     tried = product(c.augmentation_strengths, c.augmentation_mixups, c.augmentation_schedules)
-    return [replace(base, strength=s, mixup=m, steps=round(k*base.steps)) for s, m, k in tried]
+    return [replace(base, strength=s, mixup=m, steps=max(1, round(k*base.steps))) for s, m, k in tried]
 
 # %% ../../nbs/library/study/06_steps.ipynb #e221b46a
 REAL = ("real", "standard_augmentation")  # methods that add no patch

@@ -78,7 +78,8 @@ def table_1(run:Run, folder:Path):
                 "the method's other rows are, after Holm. worth_labels: further labels that give the same gain.")
     runs = [r for s, r in inputs if s == "augment"]
     for name, (stage_of, caption) in SEED_TABLES.items():
-        every = pd.concat([pd.read_csv(r.folder(stage_of)/f"{name}.csv").assign(seed=r.seed) for r in runs])
+        files = [(r.seed, r.folder(stage_of)/f"{name}.csv") for r in runs]
+        every = pd.concat([pd.read_csv(f, converters={"class": str}).assign(seed=seed) for seed, f in files])
         write_table(every, run.results/name, caption)
 
 # %% ../../nbs/library/study/08_tables.ipynb #2f962c43

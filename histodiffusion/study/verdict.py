@@ -63,19 +63,23 @@ def first_sentence(
     "The verdict, or what to use instead."
     row = primary_row(table, ratio)
     if profile == "smoke": return "No verdict: the `smoke` profile shows only that the chain runs."
-    word, simple = verdict(row), simpler_method(table, row)
+    word, simple = verdict(row) if row.added_mean else "Not known", simpler_method(table, row)
+    meaning = _MEANING[word] if row.added_mean else "no patch was added, so nothing was tested"
     bold = row.n_seeds >= HEADLINE_SEEDS and (simple is not None or word in ("Yes", "It harms"))
-    if simple is None: head, rest = word, _MEANING[word]
+    if simple is None: head, rest = word, meaning
     else:
         head = f"Use {SIMPLER[simple.method]} instead"
         rest = (f"`{simple.method}` reaches {simple.accuracy_mean:.1%} without a generator, selected synthetic patches "
-                f"{row.accuracy_mean:.1%}. Did they help at all? {word}: {_MEANING[word]}")
+                f"{row.accuracy_mean:.1%}. Did they help at all? {word}: {meaning}")
     few = "" if row.n_seeds >= HEADLINE_SEEDS else f" A headline needs {HEADLINE_SEEDS} seeds."
     used, wanted = row.added_mean, ratio*row.labelled_mean
     if used < wanted/2: few += f" Only {used:.0f} of {wanted:.0f} synthetic patches that were wanted passed selection."
     return f"{f'**{head}**' if bold else head}: {rest}.{few}"
 
 # %% ../../nbs/library/study/10_verdict.ipynb #fe7492e7
+def _number(n): return f"{n:.3g}" if n < 100 else f"{n:.0f}"
+def _seeds(n): return f"{n} seed{'s'*(n != 1)}"
+
 def usage_sentences(
     selection:pd.DataFrame, # selection.csv: class, wanted, kept, generated, adaptation and seed
 ) -> list: # sentences
@@ -85,9 +89,10 @@ def usage_sentences(
     empty = mean[mean.kept == 0]
     lines = [f"No patch was selected for {', '.join(empty.index)}, in any seed: of {empty.generated.sum():.0f} "
              f"candidates none passed, and {empty.wanted.sum():.0f} were wanted."] if len(empty) else []
-    each = ", ".join(f"{name} {r.kept:.3g} of {r.wanted:.3g}" for name, r in mean.sort_values("kept").iterrows())
-    return [*lines, f"Selected patches used: {mean.kept.sum():.3g} of {mean.wanted.sum():.3g} wanted (mean over "
-                    f"{used.seed.nunique()} seeds): {each}."]
+    each = ", ".join(f"{r.Index} {_number(r.kept)} of {_number(r.wanted)}"
+                     for r in mean.sort_values("kept").itertuples())
+    return [*lines, f"Selected patches used: {_number(mean.kept.sum())} of {_number(mean.wanted.sum())} wanted (mean "
+                    f"over {_seeds(used.seed.nunique())}): {each}."]
 
 # %% ../../nbs/library/study/10_verdict.ipynb #0de0f561
 def interval(
@@ -102,7 +107,7 @@ def _worth(row, table):
     "A gain in further labels."
     bound = table[table.method == "upper_bound_true_labels"]
     if bound.empty or row.gain_mean <= 0: return ""
-    most = bound.ratio.max()*row.labelled_mean
+    most = bound.added_mean.max()  # fewer than the ratio asks for where the training split has no more
     more = f"more than {most:.0f}" if np.isinf(row.worth_labels) else f"about {row.worth_labels:.0f}"
     return f" Labelling {more} further patches, beside the {row.labelled_mean:.0f}, would give the same gain."
 
@@ -116,7 +121,7 @@ def _bounds(table):
     rows = rows[rows.ratio == rows.ratio.max()]
     if rows.empty: return []
     parts = [f"{_BOUND[r.method]} {interval(r._asdict())}" for r in rows.itertuples()]
-    return [f"Real patches in place of synthetic ones, {rows.ratio.max():.0%} of the labelled ones: "
+    return [f"Real patches in place of synthetic ones, up to {rows.ratio.max():.0%} of the labelled ones: "
             f"{'; '.join(parts)}."]
 
 # %% ../../nbs/library/study/10_verdict.ipynb #3bda8c70
@@ -129,9 +134,9 @@ def gain_sentences(
     chosen = lambda rows: rows.loc[rows.validation_accuracy_mean.idxmax()]
     best = chosen(table[table.method == "histodiffusion_selected"])
     others = table[table.method.isin(SIMPLER) | table.method.str.startswith(("gan", "ldm", "classifier_free"))]
-    p = "" if np.isnan(row.gain_p) else f", p = {row.gain_p:.2g}"
+    p = "" if np.isnan(row.gain_p) else f", p = {row.gain_p:.2g}" if row.gain_p >= 1e-4 else ", p < 0.0001"
     lines = [f"Declared before the run: selected synthetic patches, {ratio:.0%} of the real ones, change accuracy from "
-             f"{real.accuracy_mean:.1%} by {interval(row)} over {int(row.n_seeds)} seeds{p}.{_worth(row, table)}"]
+             f"{real.accuracy_mean:.1%} by {interval(row)} over {_seeds(int(row.n_seeds))}{p}.{_worth(row, table)}"]
     if not np.isnan(row.gain_std_mean): lines += [f"Over standard augmentation it is {interval(row, 'gain_std')}."]
     lines += [f"Validation patches choose the ratio {best.ratio:.0%}: {interval(best)} on test patches."]
     if len(others):
