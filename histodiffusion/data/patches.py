@@ -396,8 +396,9 @@ def check_target(
     patients:list|None=None, # (N,) patient or slide of each patch, '' if unknown
 ) -> list: # warnings, a sentence each
     "Refuse a labelled set that cannot be trained on or measured, and name what is scarce."
-    if empty := [name for name in ("validation", "test") if not len(splits[name])]:
-        raise HistoDiffusionError(f"The {empty[0]} split is empty ({len(labels)} patches in all): add patches.")
+    if empty := [name for name in ("validation", "test") if len(splits[name]) < 2]:
+        raise HistoDiffusionError(f"The {empty[0]} split has {len(splits[empty[0]])} patch(es), and {len(labels)} are "
+                                  "there in all: add patches.")
     train, count = splits["train"], lambda i: np.bincount(labels[i], minlength=len(classes))
     drawn = [labelled_fraction(labels[train], [keys[i] for i in train], fraction, s, classes) for s in seeds]
     found = dict(labelled=np.min([count(train[i]) for i in drawn], 0), validation=count(splits["validation"]),
@@ -406,7 +407,9 @@ def check_target(
     lines = [f"few {name} patches ({', '.join(c)}): {_SCARCE[name]}" for name, c in scarce.items() if c]
     owners = {patients[i] for i in splits["test"]} if patients and any(patients) else ()
     few = [f"few patients or slides in the test split ({len(owners)}): the interval of the gain will be wide"]
-    return lines + few*(0 < len(owners) < FEW["groups"])
+    most = max(np.unique([patients[i] for i in splits["test"]], return_counts=True)[1]) if owners else 0
+    one = ["one patient or slide has more than half of the test patches: no interval is right there"]
+    return lines + few*(0 < len(owners) < FEW["groups"]) + one*int(2*most > len(splits["test"]))
 
 _SCARCE = dict(labelled="a generator can hardly learn these classes; use a larger label fraction",
                validation="choices made on them are uncertain", test="their recall can hardly be measured")

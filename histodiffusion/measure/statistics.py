@@ -50,15 +50,15 @@ def paired_interval(
 
 # %% ../../nbs/library/measure/03_statistics.ipynb #3b8d4cd5
 def _variances(d, groups):
-    "Variance of the mean of (S, M) differences from the seeds, what the groups of patches add, and their number."
+    "Variance of the mean of (S, M) differences from the seeds, what groups of patches add, and their effective number."
     (n, m), mean = d.shape, d.mean()
     by_seed, by_patch = d.mean(1), d.mean(0)
     group = np.unique(np.arange(m) if groups is None else np.asarray(groups), return_inverse=True)[1]
-    others = m - np.bincount(group)
-    if (k := len(others)) < 2: return by_seed.var(ddof=1)/n, float("nan"), k
-    def squares(deviations): return ((np.bincount(group, deviations, k)/others)**2).sum()*(k - 1)/k  # jackknife
+    size = np.bincount(group)
+    if (k := len(size)) < 2: return by_seed.var(ddof=1)/n, float("nan"), k
+    def squares(deviations): return ((np.bincount(group, deviations, k)/(m - size))**2).sum()*(k - 1)/k  # jackknife
     both = sum(squares(row) for row in d - by_seed[:, None] - by_patch + mean)/((n - 1)*n)
-    return by_seed.var(ddof=1)/n, max(squares(by_patch - mean) - both, 0.), k
+    return by_seed.var(ddof=1)/n, max(squares(by_patch - mean) - both, 0.), max(2., m**2/(size**2).sum())
 
 # %% ../../nbs/library/measure/03_statistics.ipynb #ade8f759
 def gain_interval(

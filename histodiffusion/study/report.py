@@ -61,6 +61,7 @@ def safety_sentences(
     lose = classes[classes.gain_ci_high < 0]["class"]
     new, real = (error.get(method, 0) for method in ("histodiffusion_selected", "real"))
     return [*(lines or ["No patch was selected, so there is nothing to copy."]),
+            "Labels: no patch was selected, so an oracle has none to dispute." if not noise.patches.sum() else
             f"Labels: an oracle, trained on all training labels, disputes {disputed:.0%} of the selected patches; it "
             f"errs on {errs:.0%} of real validation patches.",
             f"Calibration error: {new:.3f}, with real patches alone {real:.3f}.",
