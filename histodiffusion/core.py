@@ -284,8 +284,9 @@ def _probe():
 def best_precision() -> str: # 'bf16' or 'no' (fp32)
     "What the precision 'auto' means on this machine: bf16 where it is at least a fifth faster; decided once, and kept."
     gpus = [p.read_text() for p in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))]
-    about = dict(cpu=machine()["cpu"], torch=importlib.metadata.version("torch"), visible=os.environ.get(
-        "CUDA_VISIBLE_DEVICES"), gpus=re.findall(r"Model:\s*(.+)", "\n".join(gpus)))
+    hidden = {k: v for k, v in os.environ.items() if k.endswith("_VISIBLE_DEVICES")}
+    about = dict(cpu=machine()["cpu"], torch=importlib.metadata.version("torch"), hidden=hidden,
+                 gpus=re.findall(r"Model:\s*(.+)", "\n".join(gpus)))
     path = load_settings().results_path/"artefacts"/".state"/f"precision-{hash_object(about)[:10]}.json"
     if path.is_file(): return read_json(path)["precision"]
     precision = _probe()
