@@ -53,7 +53,7 @@ def differ(root):
     return [s for s, h in code_hashes(root).items() if h != code_hashes()[s]]
 
 
-SELECTING = ["select", "compare", "sampling_grid"]
+SELECTING = ["select", "compare", "quality", "sampling_grid"]
 
 
 @pytest.mark.parametrize("module, old, new, stages", [
@@ -69,7 +69,7 @@ SELECTING = ["select", "compare", "sampling_grid"]
     ("study/steps", "np.isin(np.arange(len(targets)), passed)", "np.isin(np.arange(len(targets)), [])", SELECTING),
     ("models/baselines", "GAN_BATCH =", "GAN_BATCH = 1 +", ["baselines", "compare", "quality"]),
     ("models/backbone", "LABEL_SMOOTHING =", "LABEL_SMOOTHING = 0.01 +",
-     ["real_only", "augment", "compare", "oracle", "quality"]),
+     ["teacher", "real_only", "augment", "compare", "oracle", "quality"]),
     # deep below: the loss of the networks of the prior, the pool, the splits
     ("models/diffusion", "def loss_weights(", "def loss_weights(*,", ["diffusion", "adapt", "baselines", "compare",
      "quality", "adaptation_grid"]),

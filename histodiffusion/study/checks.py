@@ -9,7 +9,6 @@ __all__ = ['check_networks', 'check_run']
 import numpy as np
 
 from ..core import HistoDiffusionError
-from ..data.leakage import target_splits
 from ..data.patches import check_target, dataset_classes, load_patches, packed_dataset, parse_phantom
 from .profiles import PROFILES
 from .run import Run
@@ -46,6 +45,7 @@ def check_run(run:Run) -> list: # warnings, a sentence each
     few = len(c.seeds) < 5 and run.profile != "smoke"
     seeds = [f"{len(c.seeds)} seed{'s'*(len(c.seeds) > 1)}: a headline needs 5"]*few
     if (labelled := _labelled_set(run)) is None: return seeds
+    from histodiffusion.data.leakage import target_splits  # slow
     labels, keys, patients = labelled
     splits = target_splits(run.target, keys, labels, patients, c.image_size)[1]
     warnings = check_target(labels, keys, classes, splits, c.label_fraction, c.seeds, patients)
