@@ -96,7 +96,8 @@ def test_dry_run_of_a_folder_counts_its_images(capsys, results):
             Image.new("RGB", (70, 70), (2 * i, 99 * k, 0)).save(results / "set" / label / f"{i}.png")
     assert main(["adapt", "--dataset", f"folder:{results / 'set'}", "--seeds", "7", "8", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "90 patches, 2 classes" in said and "warning: few labelled patches" in said and "adapt_7" in said and "adapt_8" in said and "adapt_0" not in said
+    assert "90 patches, 2 classes" in said and "warning: few labelled patches" in said
+    assert "adapt_7" in said and "adapt_8" in said and "adapt_0" not in said
 
 
 @pytest.mark.parametrize("command", MAKING)
