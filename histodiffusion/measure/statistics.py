@@ -103,11 +103,11 @@ def holm(
 # %% ../../nbs/library/measure/03_statistics.ipynb #a9b8928c
 def worth_labels(
     gain:float, # in accuracy
-    more_labels, # (n,) numbers of further labelled patches that were tried, rising, > 0
+    further, # (n,) numbers of further labelled patches that were tried, rising, > 0
     gains, # (n,) gains that they gave
 ) -> float: # number of labelled patches; 0 for no gain, inf where more would be needed than were tried
     "How many further labels give the same gain, interpolated between the numbers tried."
-    x, y = np.array([0, *more_labels], float), np.maximum.accumulate([0., *gains])
+    x, y = np.array([0, *further], float), np.maximum.accumulate([0., *gains])
     if gain <= 0: return 0.
     if not gain <= y[-1]: return float("inf")
     i = int(np.searchsorted(y, gain))

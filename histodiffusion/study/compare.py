@@ -62,7 +62,7 @@ def _draw_gan(run, labelled, labels, folder):
 # %% ../../nbs/library/study/07_compare.ipynb #4dc74feb
 def _draw_conditional(run, labelled, labels, folder, pretrained):
     "Candidates of a class-conditional diffusion model, fine-tuned from the prior or trained from random weights."
-    c, seed = run.settings, derive_seed("told", run.seed)  # the names of seeds stay, so that results do
+    c, seed = run.settings, derive_seed("conditional", run.seed)
     name = "classifier_free_guidance" if pretrained else "ldm_labels_only"
     vae, unet, _ = load_pipeline(run.folder("diffusion")/"model")
     torch.manual_seed(seed)
@@ -222,7 +222,7 @@ def oracle(run:Run, folder:Path):
     "Train a classifier on all training labels, to measure synthetic patches with; no method uses it."
     c, train, validation = run.settings, read_split(run, "train"), read_split(run, "validation")
     config = BackboneConfig(c.oracle, c.oracle_steps, c.backbone_batch, c.oracle_lr, warmup=c.oracle_steps//20,
-                            seed=derive_seed("referee", 0))  # the names of seeds stay, so that results do
+                            seed=derive_seed("oracle", 0))
     net = train_backbone(train.images, train.labels, len(train.classes), config, desc="oracle")
     save_tensors(folder/"oracle.safetensors", net.state_dict())
     write_json(folder/"metrics.json", classification_metrics(validation.labels, predict(net, validation.images)))

@@ -148,8 +148,8 @@ def gain_sentences(
 def scope_sentence(
     groups:int, # patients or slides of the test patches; 0: not known
 ) -> str:
-    "What the interval holds for."
+    "What the interval takes for granted."
     patients = (f"takes the {groups} patients or slides of the test patches as drawn at random" if groups else
                 "takes test patches as independent, because patients are not known: where a patient gave several, it "
                 "is too narrow")
-    return f"The interval {patients}. One prior served all seeds, so it holds for this prior."
+    return f"The interval {patients}. One prior served all seeds, so it is valid for this prior."
