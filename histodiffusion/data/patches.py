@@ -10,6 +10,7 @@ __all__ = ['IMAGE_SUFFIXES', 'SPLITS', 'FEW', 'parse_phantom', 'short_name', 'da
 
 # %% ../../nbs/library/data/05_patches.ipynb #0140ea4d
 import contextlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -327,13 +328,16 @@ def split_patches(
     return {name: np.flatnonzero((u >= a) & (u < b)) for name, (a, b) in SPLITS.items()}
 
 # %% ../../nbs/library/data/05_patches.ipynb #6b8f24fa
+def _refuse_few(groups):
+    if len(groups) < len(SPLITS):
+        raise HistoDiffusionError(f"The patches come from {len(groups)} patient(s) or slide(s), and training, validation "
+                                  "and test need one each: add slides of other patients.")
+
 def _group_numbers(keys, groups, u):
     "A number in 0..1 for each patch, the same within a group, such that no split is empty."
     ids = [g or k for g, k in zip(groups, keys, strict=True)]
     of = {i: int(hash_object(["group", g])[:12], 16)/16**12 if g else v for i, g, v in zip(ids, groups, u)}
-    if len(of) < len(SPLITS):
-        raise HistoDiffusionError(f"The patches come from {len(of)} patient(s) or slide(s), and training, validation "
-                                  "and test need one each: add slides of other patients.")
+    _refuse_few(of)
     members = lambda name: [i for i, v in of.items() if SPLITS[name][0] <= v < SPLITS[name][1]]
     for name, (a, b) in SPLITS.items():
         if members(name): continue  # else the nearest group of a split with several moves here
@@ -345,7 +349,7 @@ def _group_numbers(keys, groups, u):
 def _balanced_numbers(keys, groups, labels):
     "A number in 0..1 for each patch, the same within a group, such that the splits have the classes in proportion."
     ids, group = np.unique([g or k for g, k in zip(groups, keys, strict=True)], return_inverse=True)
-    if len(ids) < len(SPLITS): _group_numbers(keys, groups, np.zeros(len(keys)))  # refuses them
+    _refuse_few(ids)
     counts = np.zeros((len(ids), len(set(labels))))
     np.add.at(counts, (group, np.unique(labels, return_inverse=True)[1]), 1)
     ends = np.array([*SPLITS.values()])
@@ -405,11 +409,11 @@ def check_target(
                  test=count(splits["test"]))
     scarce = {name: [f"{c} {n}" for c, n in zip(classes, k) if n < FEW[name]] for name, k in found.items()}
     lines = [f"few {name} patches ({', '.join(c)}): {_SCARCE[name]}" for name, c in scarce.items() if c]
-    owners = {patients[i] for i in splits["test"]} if patients and any(patients) else ()
+    known = [patients[i] for i in splits["test"]] if patients and any(patients) else []
+    owners, most = {*known}, max(Counter(known).values(), default=0)
     few = [f"few patients or slides in the test split ({len(owners)}): the interval of the gain will be wide"]
-    most = max(np.unique([patients[i] for i in splits["test"]], return_counts=True)[1]) if owners else 0
     one = ["one patient or slide has more than half of the test patches: no interval is right there"]
-    return lines + few*(0 < len(owners) < FEW["groups"]) + one*int(2*most > len(splits["test"]))
+    return lines + few*(0 < len(owners) < FEW["groups"]) + one*(2*most > len(splits["test"]))
 
 _SCARCE = dict(labelled="a generator can hardly learn these classes; use a larger label fraction",
                validation="choices made on them are uncertain", test="their recall can hardly be measured")
