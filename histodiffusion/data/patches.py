@@ -330,8 +330,8 @@ def split_patches(
 # %% ../../nbs/library/data/05_patches.ipynb #6b8f24fa
 def _refuse_few(groups):
     if len(groups) < len(SPLITS):
-        raise HistoDiffusionError(f"The patches come from {len(groups)} patient(s) or slide(s), and training, validation "
-                                  "and test need one each: add slides of other patients.")
+        raise HistoDiffusionError(f"The patches come from {len(groups)} patient(s) or slide(s), and training, "
+                                  "validation and test need one each: add slides of other patients.")
 
 def _group_numbers(keys, groups, u):
     "A number in 0..1 for each patch, the same within a group, such that no split is empty."
