@@ -18,7 +18,7 @@ from ..core import HistoDiffusionError, derive_seed, get_device, inference_batch
 from ..data.symmetries import augment_d4
 from ..data.packed import images_to_tensor
 from .training import FitConfig, draw_balanced, fit, mixed_precision
-from .encoders import lite0_weights
+from .encoders import PACKAGED, lite0_weights
 
 # %% ../../nbs/library/models/10_backbone.ipynb #3bda5458
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ def check_backbone(
 ):
     "Refuse a name that `build_backbone` does not know."
     import timm
-    names = ["efficientnet_lite0", *timm.list_models()]
+    names = [PACKAGED, *timm.list_models()]
     if name in names: return
-    near = difflib.get_close_matches(name, names, 3) or ["efficientnet_lite0"]
+    near = difflib.get_close_matches(name, names, 3) or [PACKAGED]
     raise HistoDiffusionError(f"Unknown backbone '{name}': did you mean {' or '.join(near)}? Names are "
                               "efficientnet_lite0 and those of timm.list_models().")
 
@@ -65,7 +65,7 @@ def build_backbone(
 ) -> torch.nn.Module: # (N, channels, H, W) in [-1, 1] -> (N, K) logits
     "A timm classifier with random weights, or the packaged one with ImageNet weights."
     import timm
-    if name == "efficientnet_lite0": return _pretrained_lite0(n_classes, channels)
+    if name == PACKAGED: return _pretrained_lite0(n_classes, channels)
     check_backbone(name)
     config = timm.get_pretrained_cfg(name)  # of the published weights, which are not loaded
     sized = dict(img_size=size) if config and config.fixed_input_size else {}

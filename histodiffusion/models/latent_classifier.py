@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'KNOTS', 'TIMES', 'UNetFeatures', 'LatentClassifier', 'LabelledLatents', 'classifier_loss',
-           'train_classifier', 'noise_report']
+           'train_classifier', 'fit_temperature', 'noise_report']
 
 # %% ../../nbs/library/models/05_latent_classifier.ipynb #9ffd429d
 import functools
@@ -197,18 +197,26 @@ def train_classifier(
     _calibrate(fitted.model, latents, schedule)
     return fitted
 
+# %% ../../nbs/library/models/05_latent_classifier.ipynb #768bccb9
+def fit_temperature(
+    logits, # (N, K) of patches that the classifier was not trained on
+    labels, # (N,) their classes, 0..K-1
+) -> float: # T, from 0.14 to 55
+    "The temperature under which labels are likeliest, with logits/T (Guo et al. 2017)."
+    from scipy.optimize import minimize_scalar
+    z, y = torch.as_tensor(logits).double(), torch.as_tensor(labels)
+    loss = lambda u: F.cross_entropy(z/float(np.exp(u)), y).item()
+    return float(np.exp(minimize_scalar(loss, bounds=(-2, 4), method="bounded", options=dict(xatol=1e-8)).x))
+
 # %% ../../nbs/library/models/05_latent_classifier.ipynb #23b4b4a2
 @torch.no_grad()
 def _calibrate(model, latents, schedule):
     "Fit the temperature at each knot of t on the held-out fold of each head, in place (Guo et al. 2017)."
-    from scipy.optimize import minimize_scalar
     aware = model.config.noise_aware
     times = torch.linspace(0, schedule.config.num_train_timesteps - 1, KNOTS).long().tolist() if aware else [0]
     for knot, t in enumerate(times):
-        logits, y = _left_out(model, latents, schedule, t, knot)
-        loss = lambda u, logits=logits, y=y: F.cross_entropy(logits/float(np.exp(u)), y).item()
-        best = minimize_scalar(loss, bounds=(-2, 4), method="bounded")
-        model.log_temperature[knot if aware else slice(None)] = best.x
+        temperature = fit_temperature(*_left_out(model, latents, schedule, t, knot))
+        model.log_temperature[knot if aware else slice(None)] = float(np.log(temperature))
 
 def _left_out(model, latents, schedule, t, seed):
     "Logits of each labelled latent at time t by the head that was trained without it, and labels."

@@ -24,11 +24,12 @@ from ..measure.memorisation import CopyTest, thumbnails
 from ..measure.statistics import TABLE_COLUMNS, summarise_methods
 from ..models.autoencoder import decode_latents, encode_patches
 from ..models.diffusion import noise_schedule
+from ..models.encoders import PACKAGED
 from ..models.guidance import ClassifierGuidance
 from ..models.latent_classifier import LabelledLatents, LatentClassifier, noise_report
 from ..models.sampling import SamplingConfig, calibrate_rejection, load_pipeline, synthesize_patches
 from .artefacts import make_stage, stage
-from .compare import ENCODER, PatchQuality
+from .compare import PatchQuality
 from .prior import is_published
 from .run import Run, prior_sets
 from histodiffusion.study.steps import (
@@ -331,9 +332,9 @@ def _packaged(run):
 
 def _backbone(run):
     c = run.settings
-    others = [n for n in c.ablation_backbones if n not in (c.backbone, ENCODER)]
+    others = [n for n in c.ablation_backbones if n not in (c.backbone, PACKAGED)]
     rest = [("backbone", n, _one(run, backbone=n, backbone_lr=1e-3)) for n in others]
-    return [("backbone", c.backbone, run), *rest, ("backbone", ENCODER, functools.partial(_packaged, run))]
+    return [("backbone", c.backbone, run), *rest, ("backbone", PACKAGED, functools.partial(_packaged, run))]
 
 # %% ../../nbs/library/study/09_ablate.ipynb #e4de6c64
 AXES = dict(labels=_labels, pretraining=_pretraining, selection=_selection, ratio=_ratio, backbone=_backbone)

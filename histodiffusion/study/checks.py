@@ -27,7 +27,7 @@ def _labelled_set(run):
 
 def check_networks(run:Run):
     "Refuse names of networks that do not exist."
-    networks = lambda c: {c.backbone, c.teacher, c.oracle, *c.ablation_backbones}
+    networks = lambda c: {c.backbone, *c.teacher, c.oracle, *c.ablation_backbones}
     for name in networks(run.settings) - networks(PROFILES[run.profile]):
         from histodiffusion.models.backbone import check_backbone  # slow, and not needed for the networks of a preset
         check_backbone(name)

@@ -6,7 +6,7 @@
 __all__ = ['ADAPTATIONS', 'REAL', 'pretraining_data', 'target_data', 'read_pool', 'read_split', 'patient_groups', 'read_labelled',
            'read_unlabelled', 'autoencoder', 'load_autoencoder', 'diffusion', 'fit_classifier', 'fine_tune',
            'unlabelled_latents', 'adapt', 'draw_candidates', 'start_latents', 'synthesize', 'Candidates',
-           'read_synthetic', 'backbone_config', 'teacher_config', 'training_work', 'teacher', 'load_teacher',
+           'read_synthetic', 'backbone_config', 'teacher_configs', 'training_work', 'teacher', 'load_teacher', 'longer',
            'augmentation_grid', 'real_only', 'load_backbone', 'Selector', 'ratios_of', 'synthetic_counts', 'select',
            'copy_test', 'chosen_patches', 'train_with_patches', 'Method', 'with_patches', 'measure_methods', 'augment']
 
@@ -21,8 +21,9 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from ..core import (
-    HistoDiffusionError, card_html, derive_seed, load_tensors, read_json, save_tensors, write_json, write_table)
+from histodiffusion.core import (
+    HistoDiffusionError, card_html, derive_seed, get_device, load_tensors, read_json, save_tensors, write_json,
+    write_table)
 from ..data.leakage import held_back, leakage, target_splits
 from ..data.patches import PatchSet, labelled_fraction, load_patches, unreadable_images
 from ..data.pool import unlabelled_pool
@@ -39,7 +40,8 @@ from ..models.autoencoder import (
 from ..models.backbone import (
     BackboneConfig, build_backbone, features_and_posteriors, predict, train_backbone)
 from ..models.diffusion import LatentSampler, build_unet, noise_schedule, train_diffusion
-from ..models.encoders import encode_images, load_encoder
+from ..models.encoders import PACKAGED, encode_images, load_encoder
+from ..models.ensemble import Ensemble, train_ensemble
 from ..models.guidance import ClassifierGuidance
 from ..models.latent_classifier import LabelledLatents, noise_report, train_classifier
 from ..models.sampling import SamplingConfig, load_pipeline, save_pipeline, synthesize_patches
@@ -353,12 +355,13 @@ def backbone_config(run:Run) -> BackboneConfig: # the same for all methods of a 
                           learning_rate=c.backbone_lr, warmup=c.backbone_steps//20,
                           seed=derive_seed("backbone", run.seed))
 
-def teacher_config(run:Run) -> BackboneConfig:
-    "How the teacher is trained."
+def teacher_configs(run:Run) -> list: # of BackboneConfig
+    "How the networks of the teacher are trained."
     c = run.settings
-    return BackboneConfig(name=c.teacher, steps=c.teacher_steps, batch_size=c.backbone_batch,
-                          learning_rate=c.teacher_lr, warmup=c.teacher_steps//20,
-                          seed=derive_seed("backbone", run.seed))
+    def how(name): return (c.encoder_steps, c.encoder_lr) if name == PACKAGED else (c.teacher_steps, c.teacher_lr)
+    return [BackboneConfig(name, steps, c.backbone_batch, lr, warmup=steps//20,
+                           seed=derive_seed("teacher", run.seed, i))
+            for i, (name, (steps, lr)) in enumerate((name, how(name)) for name in c.teacher)]
 
 # %% ../../nbs/library/study/06_steps.ipynb #30def5e7
 def training_work(
@@ -370,25 +373,44 @@ def training_work(
 # %% ../../nbs/library/study/06_steps.ipynb #3f8542a3
 @stage("teacher")
 def teacher(run:Run, folder:Path):
-    "Train the teacher on the labelled patches."
-    labelled = read_labelled(run)
-    net = train_backbone(labelled.images, labelled.labels, len(labelled.classes), teacher_config(run), folder=folder,
-                         desc="teacher")
+    "Train the networks of the teacher on the labelled patches, and calibrate them together."
+    c, labelled, validation = run.settings, read_labelled(run), read_split(run, "validation")
+    configs = teacher_configs(run)
+    groups = [g or k for g, k in zip(labelled.groups or labelled.keys, labelled.keys)]
+    net, held_out = train_ensemble(labelled.images, labelled.labels, len(labelled.classes), configs,
+                                   c.teacher_symmetries, groups, c.teacher_folds, folder/"training", "teacher")
     save_tensors(folder/"teacher.safetensors", net.state_dict())
-    return training_work(teacher_config(run))
+    accuracy = lambda p, of: None if p is None else float((p.argmax(1) == of.labels).mean())
+    write_json(folder/"metrics.json", dict(
+        temperature=net.temperature.item(), accuracy_held_out=accuracy(held_out, labelled),
+        accuracy_validation=accuracy(predict(net, validation.images), validation)))
+    return training_work(*configs*(1 + len(list((folder/"training").glob("fold-*")))))
 
-def load_teacher(run:Run) -> torch.nn.Module: # eval mode
-    "The network that assigns classes and selects, trained on the labelled patches alone."
-    net = build_backbone(run.settings.teacher, len(read_labelled(run).classes), run.channels, run.settings.image_size)
+# %% ../../nbs/library/study/06_steps.ipynb #fa506ce5
+def load_teacher(run:Run) -> Ensemble: # eval mode
+    "The networks that assign classes and select, trained on the labelled patches alone."
+    c, k = run.settings, len(read_labelled(run).classes)
+    nets = [build_backbone(name, k, run.channels, c.image_size) for name in c.teacher]
+    net = Ensemble(nets, c.teacher_symmetries)
     net.load_state_dict(load_tensors(run.folder("teacher")/"teacher.safetensors"))
-    return net.eval()
+    return net.to(get_device()).eval()
+
+# %% ../../nbs/library/study/06_steps.ipynb #88eef640
+def longer(
+    run:Run,
+    config:BackboneConfig|None=None, # None: that of all methods
+) -> BackboneConfig:
+    "The training of a backbone with added patches: there is more to learn from, so it may take longer."
+    config = config or backbone_config(run)
+    return replace(config, steps=max(1, round(run.settings.synthetic_schedule*config.steps)))
 
 # %% ../../nbs/library/study/06_steps.ipynb #ba3ac2c3
 def augmentation_grid(run:Run) -> list: # of BackboneConfig
     "The ways of standard augmentation that a run tries."
     c, base = run.settings, backbone_config(run)
     tried = product(c.augmentation_strengths, c.augmentation_mixups, c.augmentation_schedules)
-    return [replace(base, strength=s, mixup=m, steps=max(1, round(k*base.steps))) for s, m, k in tried]
+    plain = [longer(run)]*(longer(run) != base)
+    return plain + [replace(base, strength=s, mixup=m, steps=max(1, round(k*base.steps))) for s, m, k in tried]
 
 # %% ../../nbs/library/study/06_steps.ipynb #e221b46a
 REAL = ("real", "standard_augmentation")  # methods that add no patch
@@ -547,6 +569,7 @@ def train_with_patches(
     targets:str|None=None, # hard labels ('class') or the posteriors of the 'teacher'; None: the run's setting
 ) -> torch.nn.Module: # eval mode
     "The backbone, trained on labelled and extra patches."
+    if extra[0] is not None: config = longer(run, config)
     config = replace(config or backbone_config(run), extra_share=run.settings.synthetic_share)
     labelled, soft = read_labelled(run), (targets or run.settings.synthetic_targets) == "teacher"
     soft = predict(load_teacher(run), extra[0]) if soft and extra[0] is not None else None
@@ -570,7 +593,8 @@ def with_patches(
 ) -> Method:
     "A method that trains the backbone on labelled and extra patches when it is used."
     def posteriors(images): return predict(train_with_patches(run, extra, config, **how), images)
-    return Method(posteriors, 0 if extra[0] is None else len(extra[0]), training_work(config or backbone_config(run)))
+    if extra[0] is None: return Method(posteriors, 0, training_work(config or backbone_config(run)))
+    return Method(posteriors, len(extra[0]), training_work(longer(run, config)))
 
 # %% ../../nbs/library/study/06_steps.ipynb #18cefce3
 def measure_methods(
