@@ -111,7 +111,8 @@ def relink(text: str, home: Path) -> str:
             raise SystemExit(f"{home.relative_to(ROOT)}: a link points to '{match[2]}', which is missing.")
         inside = place.relative_to(ROOT)
         if place.suffix == ".ipynb" and inside.parts[0] == "nbs": return match[0]
-        pages = {"results/README.md": "results", "CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog"}
+        pages = {"results/README.md": "results", "results/LOG.md": "log", "CONTRIBUTING.md": "contributing",
+                 "CHANGELOG.md": "changelog"}
         up = "../" * (len(home.relative_to(ROOT).parts) - 1)
         if str(inside) in pages: return f"{match[1]}{up}{pages[str(inside)]}.md{match[3]}"
         return f"{match[1]}{WEB}/{inside}{match[3]}"
@@ -355,7 +356,8 @@ def stage():
             if folder == "experiments": nb.cells += results_of(path.stem)
             write(nb, f"{folder}/{path.name}")
     library = library_pages()
-    texts = dict(data=data_page(), gallery=gallery_page(), results=file_page("results/README.md"), cite=cite_page(),
+    texts = dict(data=data_page(), gallery=gallery_page(), results=file_page("results/README.md"),
+                 log=file_page("results/LOG.md"), cite=cite_page(),
                  contributing=file_page("CONTRIBUTING.md"), changelog=file_page("CHANGELOG.md"))
     for name, text in texts.items(): (OUT / f"{name}.md").write_text(text, encoding="utf-8")
     cards_page()
@@ -364,7 +366,7 @@ def stage():
     for name in more: write(page(NBS / f"{name}.ipynb"), f"{name}.ipynb")
     home.cells.append(new_markdown_cell("\n\n".join([
         toctree([*more, *SECTIONS], "Read"), toctree(library, "Library"),
-        toctree(["results", "gallery", "weights", "data"], "Results"),
+        toctree(["results", "log", "gallery", "weights", "data"], "Results"),
         toctree(["cite", "contributing", "changelog"], "Project")])))
     write(home, "index.ipynb")
 

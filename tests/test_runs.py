@@ -73,10 +73,12 @@ def test_guidance_scale_changes_synthesis_but_not_adaptation(project):
 def test_every_setting_changes_the_stages_that_list_it_and_no_earlier_one(project):
     texts = {"prediction": "v_prediction", "classifier_mode": "clean", "selection_rule": "random", "precision": "bf16",
              "scheduler": "ddpm", "backbone": "resnet18", "stain": "macenko", "perceptual": "lpips",
-             "finetune_mode": "lora", "finetune_data": "training", "oracle": "resnet18", "teacher": "resnet18",
+             "finetune_mode": "lora", "finetune_data": "training", "oracle": "resnet18",
              "synthetic_targets": "teacher"}  # fmt: skip
     special = {
         "autoencoder_crop": 16,
+        "teacher": ("resnet18",),
+        "teacher_symmetries": 8,
         "image_size": 128,
         "min_snr_gamma": 2.5,
         "unet_attention": (True, False),

@@ -116,7 +116,7 @@ def train_ensemble(
     folds:int=0, # for calibration, 0 or >= 2; 0: no calibration. The ensemble is trained once more for each
     folder=None, # where finished networks are kept, so that a stopped training goes on; None: nowhere
     desc:str="ensemble", # for the progress bar
-) -> tuple: # Ensemble in eval mode; posteriors (N, K) of the patches by networks not trained on them, None without folds
+) -> tuple: # Ensemble in eval mode; posteriors (N, K) of patches by networks not trained on them, None without folds
     "Train an ensemble on labelled patches, and fit its temperature on held-out folds."
     groups = np.arange(len(labels)) if groups is None else groups
     ensemble, held_out = Ensemble(_members(images, labels, n_classes, configs, folder, desc), symmetries).eval(), None
