@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGED', 'LITE0_SHA256', 'SQUEEZENET_SHA256', 'lite0_weights', 'squeezenet_file', 'squeezenet_weights',
-           'ImageEncoder', 'load_encoder', 'encoder_names', 'encode_images', 'feature_maps']
+           'ImageEncoder', 'load_encoder', 'encoder_names', 'encode_images', 'feature_maps', 'texture_features']
 
 # %% ../../nbs/library/models/02_encoders.ipynb #9c682cd2
 import hashlib, os
@@ -149,10 +149,25 @@ def encode_images(
     return np.concatenate([encoder(images_to_tensor(images[i:i + n]).to(device)).float().cpu().numpy() for i in starts])
 
 # %% ../../nbs/library/models/02_encoders.ipynb #c249a515
-def feature_maps() -> nn.Module: # (N, C, H, W) in [-1, 1] -> three maps of 1/2, 1/4 and 1/8 of the side
-    "The first three stages of the packaged encoder, frozen."
+def feature_maps(
+    stages:int=3, # 1 to 5
+) -> nn.Module: # (N, C, H, W) in [-1, 1] -> a map for each stage, of 1/2, 1/4, 1/8 ... of the side
+    "The first stages of the packaged encoder, frozen."
     import timm
-    net, stored = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(0, 1, 2)), lite0_weights()
+    net, stored = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=range(stages)), lite0_weights()
     net.load_state_dict({k: stored[k] for k in net.state_dict()})
     net.register_forward_pre_hook(lambda _, args: (args[0].expand(-1, 3, -1, -1),))  # grey to RGB
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+# %% ../../nbs/library/models/02_encoders.ipynb #7d5896bb
+@torch.no_grad()
+def texture_features(
+    images:np.ndarray, # (N, H, W, C) uint8, grey or RGB, of any size
+) -> np.ndarray: # (N, 384) float32
+    "Mean and deviation of each channel in four stages of the packaged encoder."
+    maps, found, n = feature_maps(4).to(get_device()), [], inference_batch_size()
+    starts = range(0, len(images), n)
+    for i in progress(starts, desc="texture", unit="batch") if len(images) > 2000 else starts:
+        flat = [m.flatten(2) for m in maps(images_to_tensor(images[i:i + n]).to(get_device()))]
+        found.append(torch.cat([f for m in flat for f in (m.mean(2), m.std(2, correction=0))], 1).cpu())
+    return torch.cat(found).numpy()

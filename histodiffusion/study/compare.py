@@ -28,7 +28,7 @@ from ..models.baselines import GAN_BATCH, colour_features, linear_probe, sample_
 # %% ../../nbs/library/study/07_compare.ipynb #0538e3e7
 from ..models.conditional import train_conditional
 from ..models.diffusion import build_unet, noise_schedule
-from ..models.encoders import PACKAGED, encode_images, encoder_names, load_encoder
+from ..models.encoders import PACKAGED, encode_images, encoder_names, load_encoder, texture_features
 from ..models.ensemble import Ensemble
 from ..models.guidance import ClassifierFreeGuidance
 from ..models.latent_classifier import LabelledLatents
@@ -190,7 +190,7 @@ def _without_patches(run):
     "Classifiers that add no patches."
     encoder = load_encoder(PACKAGED)
     features = {f"colour_{kind}": functools.partial(colour_features, kind=kind) for kind in ("mean", "histogram")}
-    features["frozen_encoder"] = functools.partial(encode_images, encoder)
+    features |= dict(frozen_encoder=functools.partial(encode_images, encoder), frozen_texture=texture_features)
     methods = {name: _probe(run, f) for name, f in features.items()}
     methods |= dict(teacher=Method(functools.partial(predict, load_teacher(run))), distillation=distillation(run),
                     self_training=self_training(run))
