@@ -33,7 +33,7 @@ def conditional_unet(
 ): # UNet2DModel, a copy with K + 1 classes
     "A class-conditional U-Net whose output does not depend on the class before it is trained."
     config = {k: v for k, v in unet.config.items() if not k.startswith("_")}
-    model = type(unet).from_config(config | dict(num_class_embeds=n_classes + 1))
+    model = type(unet).from_config(config | dict(num_class_embeds=n_classes + 1, class_embed_type=None))
     model.load_state_dict(unet.state_dict(), strict=False)
     model.class_embedding = ScaledEmbedding(*model.class_embedding.weight.shape, class_embedding_lr)
     return model
@@ -44,7 +44,7 @@ class ConditionalLoss(DiffusionLoss):
     def __init__(self,
         latents, # with draw(n, generator) -> latents, classes; such as LabelledLatents
         null_class:int, # the class that means no class, K
-        *args, # of DiffusionLoss: schedule, batch, min_snr_gamma
+        *args, # of DiffusionLoss: schedule, batch, min_snr_gamma, v_limit
         drop:float=.15, # share of the samples whose label is dropped, 0..1
     ):
         super().__init__(self._draw, *args)
@@ -70,7 +70,8 @@ def train_conditional(
     folder=None, # for checkpoints
     desc:str="class-conditional", # for the progress bar
     class_embedding_lr:float=30., # see `conditional_unet`
+    v_limit:float=0., # see `loss_weights`
 ) -> Fit: # its model takes class_labels, K for no class
     "Train a class-conditional U-Net on labelled latents."
-    loss = ConditionalLoss(latents, n_classes, schedule or noise_schedule(), batch, min_snr_gamma)
+    loss = ConditionalLoss(latents, n_classes, schedule or noise_schedule(), batch, min_snr_gamma, v_limit)
     return fit(conditional_unet(unet, n_classes, class_embedding_lr), loss, config, folder, desc)

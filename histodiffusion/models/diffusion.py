@@ -49,8 +49,13 @@ def build_unet(
 def loss_weights(
     schedule, # DDPMScheduler, the forward process
     min_snr_gamma:float=0., # γ > 0; 0: equal weights
+    v_limit:float=0., # > 0: errors count as errors of v do, up to this weight, instead of min-SNR
 ) -> torch.Tensor: # (T,)
     "Weight of the squared error at each time, min-SNR-γ (Hang et al. 2023)."
+    if v_limit:
+        weights = (1/schedule.alphas_cumprod).clamp(max=v_limit)
+        if schedule.config.prediction_type == "v_prediction": weights = weights*schedule.alphas_cumprod
+        return weights/weights.mean()
     if not min_snr_gamma: return torch.ones(len(schedule.alphas_cumprod))
     snr = schedule.alphas_cumprod/(1 - schedule.alphas_cumprod)
     return snr.clamp(max=min_snr_gamma)/(snr if schedule.config.prediction_type == "epsilon" else snr + 1)
@@ -62,11 +67,13 @@ class LatentSampler:
         latents:torch.Tensor, # (N, C, h, w) float16 or float32
     ):
         fits = torch.cuda.is_available() and latents.nbytes < torch.cuda.mem_get_info()[0]/4
-        self.latents = latents.to(get_device()) if fits else latents
+        self.latents, self.conditions = latents.to(get_device()) if fits else latents, None
 
-    def __call__(self, n, generator): # -> (n, C, h, w) float32, on the device
+    def pick(self, n, generator): # -> (n,) indices; (n, C, h, w) float32, on the device
         i = torch.randint(len(self.latents), (n,), generator=generator).to(self.latents.device)
-        return self.latents[i].to(get_device()).float()
+        return i, self.latents[i].to(get_device()).float()
+
+    def __call__(self, n, generator): return self.pick(n, generator)[1]
 
 # %% ../../nbs/library/models/04_diffusion.ipynb #55569770
 class DiffusionLoss:
@@ -76,9 +83,10 @@ class DiffusionLoss:
         schedule, # DDPMScheduler, the forward process
         batch:int=64, # latents per step
         min_snr_gamma:float=5., # 0: equal weights
+        v_limit:float=0., # see `loss_weights`
     ):
         self.latents, self.schedule, self.batch = latents, schedule, batch
-        self.weights = loss_weights(schedule, min_snr_gamma).to(get_device())
+        self.weights = loss_weights(schedule, min_snr_gamma, v_limit).to(get_device())
 
     def __call__(self, model, generator):
         z = self.latents(self.batch, generator)
@@ -135,9 +143,11 @@ def train_diffusion(
     folder=None, # for checkpoints
     desc:str="diffusion", # for the progress bar
     lora_rank:int=0, # > 0: train low-rank changes of this rank, and add them to the weights at the end
+    v_limit:float=0., # see `loss_weights`
+    kind=DiffusionLoss, # class of the loss; for conditioned networks `conditioning.FeatureLoss`
 ) -> Fit:
     "Train or fine-tune a U-Net on latents."
-    loss = DiffusionLoss(latents, schedule or noise_schedule(), batch, min_snr_gamma)
+    loss = kind(latents, schedule or noise_schedule(), batch, min_snr_gamma, v_limit)
     if not lora_rank: return fit(unet, loss, config, folder, desc)
     fitted = fit(add_lora(unet, lora_rank, config.seed), loss, config, folder, desc)
     return replace(fitted, model=merge_lora(fitted.model))

@@ -154,7 +154,8 @@ def feature_maps(
 ) -> nn.Module: # (N, C, H, W) in [-1, 1] -> a map for each stage, of 1/2, 1/4, 1/8 ... of the side
     "The first stages of the packaged encoder, frozen."
     import timm
-    net, stored = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=range(stages)), lite0_weights()
+    net = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=range(stages))
+    stored = lite0_weights()
     net.load_state_dict({k: stored[k] for k in net.state_dict()})
     net.register_forward_pre_hook(lambda _, args: (args[0].expand(-1, 3, -1, -1),))  # grey to RGB
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)

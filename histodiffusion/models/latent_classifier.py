@@ -128,7 +128,7 @@ class LabelledLatents:
 
     def fill(self, latents, labels, times=1):
         "Take latents of `times` symmetries of each labelled patch; symmetries of a patch share its fold."
-        self.latents = latents
+        self.latents, self.conditions = latents, None
         self.labels = torch.as_tensor(np.tile(labels, times))
         self.classes = [torch.nonzero(self.labels == c)[:, 0] for c in range(int(self.labels.max()) + 1)]
         order = np.array([np.sum(labels[:i] == y) for i, y in enumerate(labels)])  # 0, 1, 2 … within each class

@@ -19,6 +19,7 @@ from ..core import HistoDiffusionError, derive_seed, get_device, inference_batch
 from .training import mixed_precision
 from .autoencoder import decode_latents
 from .diffusion import noise_schedule
+from .conditioning import Bound, Condition, attach
 from .latent_classifier import LatentClassifier
 from .guidance import Guidance
 
@@ -79,6 +80,7 @@ class SamplingConfig:
     precision: str = "no" # of the networks, one of training.PRECISIONS; latents stay in fp32
     batch_size: int|None = None # samples at a time; None: 64, on a GPU 512
     prediction: str = "epsilon" # what the U-Net predicts: 'epsilon' or 'v_prediction'
+    condition_scale: float = 1. # of the description of a conditioned U-Net, >= 1; 1: no exaggeration
 
 # %% ../../nbs/library/models/09_sampling.ipynb #4a6667bc
 @dataclass
@@ -90,8 +92,9 @@ class _Batch:
     scheduler: object # with the state of these samples
     slots: np.ndarray # (B,) index of each sample in the result
     step: int = 0 # steps done
+    vectors: torch.Tensor|None = None # (B, width) of a conditioned U-Net; None: none
 
-def _begin(unet, config, labels, seeds, slots, start=None):
+def _begin(unet, config, labels, seeds, slots, start=None, vectors=None):
     "A batch before its first step: noise alone, or latents with the noise of a time."
     scheduler, c = make_scheduler(config.scheduler, config.steps, config.prediction), unet.config
     generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
@@ -103,7 +106,8 @@ def _begin(unet, config, labels, seeds, slots, start=None):
         if hasattr(scheduler, "set_begin_index"): scheduler.set_begin_index(first)
         clean = start[0][slots].to(noise.device).float()
         z = scheduler.add_noise(clean, noise, scheduler.timesteps[first].repeat(len(noise)))
-    return _Batch(z, torch.as_tensor(labels).to(z.device), generators, scheduler, slots, first)
+    if vectors is not None: vectors = vectors[slots].to(z.device)
+    return _Batch(z, torch.as_tensor(labels).to(z.device), generators, scheduler, slots, first, vectors)
 
 # %% ../../nbs/library/models/09_sampling.ipynb #c03bf429
 @torch.no_grad()
@@ -111,6 +115,7 @@ def _advance(batch, unet, guidance, config, until, callback=None):
     "Continue a batch up to a step, in place."
     s, accepts = batch.scheduler, inspect.signature(batch.scheduler.step).parameters
     extra = {k: v for k, v in dict(eta=config.eta, generator=batch.generators).items() if k in accepts}
+    if batch.vectors is not None: unet = Bound(unet, batch.vectors, config.condition_scale)
     for t in s.timesteps[batch.step:until]:
         x, alpha_bar = s.scale_model_input(batch.z, t), alpha_bar_at(s, t)
         with mixed_precision(config.precision):
@@ -128,12 +133,13 @@ def guided_sample(
     config:SamplingConfig=SamplingConfig(), # all settings of the sampler
     seeds=None, # B numbers; None: derived from the seed of `config`
     callback=None, # callback(step, t, z, p) after each step; p is None where no classifier was evaluated
+    vectors:torch.Tensor|None=None, # (B, width) for a conditioned U-Net; None: none
 ) -> torch.Tensor: # (B, C, h, w) latents on the CPU
     "Sample one batch of latents of target classes."
     seeds = [derive_seed(config.seed, i) for i in range(len(labels))] if seeds is None else seeds
     if len(seeds) != len(labels):
         raise HistoDiffusionError(f"{len(seeds)} seeds for {len(labels)} samples: give one for each.")
-    batch = _begin(unet, config, labels, seeds, np.arange(len(labels)))
+    batch = _begin(unet, config, labels, seeds, np.arange(len(labels)), vectors=vectors)
     return _advance(batch, unet, guidance or Guidance(), config, None, callback).z.cpu()
 
 # %% ../../nbs/library/models/09_sampling.ipynb #8aea44e8
@@ -145,7 +151,9 @@ def _take(batch, keep):
         if ours(v): state[name] = v[index]
         if isinstance(v, list): state[name] = [u[index] if ours(u) else u for u in v]
     generators = [g for g, k in zip(batch.generators, keep) if k]
-    return replace(batch, z=batch.z[index], labels=batch.labels[index], generators=generators, slots=batch.slots[keep])
+    vectors = None if batch.vectors is None else batch.vectors[index]
+    return replace(batch, z=batch.z[index], labels=batch.labels[index], generators=generators, slots=batch.slots[keep],
+                   vectors=vectors)
 
 # %% ../../nbs/library/models/09_sampling.ipynb #285c626f
 @torch.no_grad()
@@ -198,6 +206,7 @@ def draw_latents(
     config:SamplingConfig=SamplingConfig(), # all settings of the sampler
     rejection:Rejection|None=None, # None: no sample is dropped
     start:tuple|None=None, # latents (N, C, h, w) and the time whose noise they get, to start from; None: noise alone
+    vectors:torch.Tensor|None=None, # (N, width) for a conditioned U-Net; None: none
 ) -> dict: # latents (N, C, h, w), confidence, attempts (N,), posteriors (N, checkpoints), drawn, rejected, evaluations
     "Latents of target classes, batch by batch; what is rejected is drawn again until every slot is filled."
     labels, guidance = np.asarray(labels), guidance or Guidance()
@@ -211,7 +220,7 @@ def draw_latents(
         _begin_attempts(found, labels, todo, rejection)
         for slots in np.split(todo, range(size, len(todo), size)):
             seeds = [derive_seed(config.seed, int(i), int(found["attempts"][i])) for i in slots]
-            batch = _begin(unet, config, labels[slots], seeds, slots, start)
+            batch = _begin(unet, config, labels[slots], seeds, slots, start, vectors)
             bar.update(_finish(batch, unet, guidance, config, rejection, found))
     bar.close()
     found.pop("done")
@@ -243,9 +252,11 @@ def calibrate_rejection(
     config:SamplingConfig=SamplingConfig(), # all settings of the sampler
     checkpoints:tuple=(.5, .75), # shares of the steps
     keep:float=.98, # least share of the accepted that must pass all checkpoints, 0..1
+    vectors:torch.Tensor|None=None, # (N, width) for a conditioned U-Net; None: none
 ) -> tuple: # Rejection, result of the pilot
     "Thresholds that drop as much as they can, and at most 1 - keep of what would be accepted (split conformal)."
-    pilot = draw_latents(unet, labels, guidance, config, Rejection(checkpoints, (0,)*len(checkpoints)))
+    pilot = draw_latents(unet, labels, guidance, config, Rejection(checkpoints, (0,)*len(checkpoints)),
+                         vectors=vectors)
     good = np.sort(pilot["posteriors"][np.asarray(accept(pilot), bool)], axis=0)
     rank = int((1 - keep)/len(checkpoints)*(len(good) + 1) + 1e-9)
     thresholds = tuple(float(p) for p in good[rank - 1]) if rank else (0.,)*len(checkpoints)
@@ -258,7 +269,7 @@ def synthesize_patches(
     labels:np.ndarray, # (N,) target class of each patch
     guidance:Guidance|None=None, # None: no guidance
     config:SamplingConfig=SamplingConfig(), # all settings of the sampler
-    **kwargs, # of draw_latents: rejection, start
+    **kwargs, # of draw_latents: rejection, start, vectors
 ) -> dict: # images (N, H, W, C) uint8, and what `draw_latents` gives
     "Synthetic patches of target classes, with the latent classifier's confidence."
     drawn = draw_latents(unet, labels, guidance, config, **kwargs)
@@ -277,6 +288,7 @@ def save_pipeline(
     plain = DDIMScheduler.from_config((schedule or noise_schedule()).config, timestep_spacing="trailing")
     LDMPipeline(autoencoder, unet, plain).save_pretrained(folder)
     if classifier is not None: classifier.save_pretrained(Path(folder)/"classifier")
+    if condition := getattr(unet, "condition", None): condition.save(Path(folder)/"condition.safetensors")
     return Path(folder)
 
 # %% ../../nbs/library/models/09_sampling.ipynb #469c2215
@@ -290,4 +302,5 @@ def load_pipeline(
         raise HistoDiffusionError(f"{folder} contains no saved pipeline: run its stage first.")
     classifier = LatentClassifier.from_pretrained(folder/"classifier") if (folder/"classifier").exists() else None
     unet = UNet2DModel.from_pretrained(folder/"unet").float()
+    if (condition := folder/"condition.safetensors").exists(): attach(unet, Condition.load(condition))
     return AutoencoderDC.from_pretrained(folder/"vqvae").float(), unet, classifier

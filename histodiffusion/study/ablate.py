@@ -23,6 +23,7 @@ from ..measure.figures import save_figure
 from ..measure.memorisation import CopyTest, thumbnails
 from ..measure.statistics import TABLE_COLUMNS, summarise_methods
 from ..models.autoencoder import decode_latents, encode_patches
+from ..models.conditioning import attach
 from ..models.diffusion import noise_schedule
 from ..models.encoders import PACKAGED
 from ..models.guidance import ClassifierGuidance
@@ -32,9 +33,9 @@ from .artefacts import make_stage, stage
 from .compare import PatchQuality
 from .prior import is_published
 from .run import Run, prior_sets
-from histodiffusion.study.steps import (
-    Selector, copy_test, draw_candidates, fine_tune, fit_classifier, patient_groups, read_labelled, read_split,
-    unlabelled_latents)
+from .steps import (
+    Selector, class_conditions, copy_test, draw_candidates, fine_tune, fit_classifier, labelled_latents, patient_groups,
+    read_labelled, read_split, unlabelled_latents)
 from .tables import read_correct
 
 # %% ../../nbs/library/study/09_ablate.ipynb #12e11b95
@@ -102,7 +103,8 @@ def arguments(self:Sampler,
     "How a cell samples."
     guidance = ClassifierGuidance(self.classifier(cell.classifier), cell.scale, interval=cell.interval)
     return guidance, SamplingConfig(cell.scheduler, cell.steps, cell.eta, derive_seed("grid", seed, self.run.seed),
-                                    cell.precision, prediction=self.settings.prediction)
+                                    cell.precision, prediction=self.settings.prediction,
+                                    condition_scale=self.settings.condition_scale)
 
 @patch
 def rejection(self:Sampler,
@@ -113,14 +115,16 @@ def rejection(self:Sampler,
     if not cell.rejection: return None
     decode = lambda pilot: decode_latents(self.vae, pilot["latents"], precision=cell.precision)
     accept = lambda pilot: self.selector(decode(pilot), self.pilot)
-    return calibrate_rejection(self.unet, self.pilot, accept, *self.arguments(cell, "pilot"), keep=keep)[0]
+    return calibrate_rejection(self.unet, self.pilot, accept, *self.arguments(cell, "pilot"), keep=keep,
+                               vectors=class_conditions(self.run, self.unet, self.pilot))[0]
 
 # %% ../../nbs/library/study/09_ablate.ipynb #5c3682cb
 def measure_cell(sampler:Sampler, measure:PatchQuality, cell:Cell) -> dict: # a row of the table
     "Sample a cell, and measure all its patches and those that the selection rule accepts."
     labels, rejection, arguments = sampler.labels, sampler.rejection(cell), sampler.arguments(cell, 0)
     start = time.perf_counter()
-    s = synthesize_patches(sampler.unet, sampler.vae, labels, *arguments, rejection=rejection)
+    s = synthesize_patches(sampler.unet, sampler.vae, labels, *arguments, rejection=rejection,
+                           vectors=class_conditions(sampler.run, sampler.unet, labels))
     seconds, good = time.perf_counter() - start, sampler.selector(s["images"], labels)
     every, accepted = measure(s["images"], labels), measure(s["images"][good], labels[good], len(labels)//4)
     return dict(**asdict(cell) | dict(interval="{}-{}".format(*cell.interval)), patches=len(good), drawn=s["drawn"],
@@ -179,9 +183,7 @@ class Adapter:
         self.run, self.folder, self.tests = run, Path(folder), {}
         self.vae, self.prior, _ = load_pipeline(run.folder("diffusion")/"model")
 
-    def latents(self, fraction):
-        labelled = read_labelled(self.run, fraction)
-        return LabelledLatents(self.vae, labelled.images, labelled.labels, precision=self.run.settings.precision)
+    def latents(self, fraction): return labelled_latents(self.run, self.vae, self.prior, fraction)
 
     def classifier(self, fraction):
         "The latent classifier of a label fraction."
@@ -201,10 +203,11 @@ def unet(self:Adapter,
     data, how = mode.split("_")
     path = self.folder/(mode if data == "training" else f"{mode}-{fraction:g}")
     if not path.exists():
-        latents = self.latents(fraction) if data == "labelled" else unlabelled_latents(self.run, self.vae)
+        latents = self.latents(fraction) if data == "labelled" else unlabelled_latents(self.run, self.vae, self.prior)
         fine_tune(self.run, latents, copy.deepcopy(self.prior), self.run.settings.ablation_finetune_steps, how,
                   path.with_name(f"{path.name}-training"), mode).model.save_pretrained(path)
-    return UNet2DModel.from_pretrained(path)
+    unet = UNet2DModel.from_pretrained(path)
+    return attach(unet, self.prior.condition) if hasattr(self.prior, "condition") else unet
 
 # %% ../../nbs/library/study/09_ablate.ipynb #23e65ea8
 @patch
@@ -229,8 +232,9 @@ def measure_adaptation(
     "Sample from an adapted prior, and measure all its patches and the copies among them."
     run, labelled = adapter.run, read_labelled(adapter.run, fraction)
     labels = np.tile(np.arange(len(labelled.classes)), run.settings.ablation_per_class)
-    s = draw_candidates(run.settings, adapter.vae, adapter.unet(mode, fraction), adapter.classifier(fraction), labels,
-                        derive_seed("adaptation", run.seed))
+    unet = adapter.unet(mode, fraction)
+    s = draw_candidates(run.settings, adapter.vae, unet, adapter.classifier(fraction), labels,
+                        derive_seed("adaptation", run.seed), vectors=class_conditions(run, unet, labels, fraction))
     test = adapter.copies(mode, fraction)
     ratio, held_out = test.compare(thumbnails(s["images"]))["ratio"], test.held_out["ratio"]
     return dict(adaptation=mode, label_fraction=fraction, labels=len(labelled), patches=len(labels),

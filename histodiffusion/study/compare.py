@@ -76,7 +76,7 @@ def _draw_conditional(run, labelled, labels, folder, pretrained):
     config = FitConfig(steps, c.conditional_lr, warmup=steps//20, ema_half_life=.1, seed=seed, precision=c.precision,
                        channels_last=False)
     fitted = train_conditional(latents, unet, len(labelled.classes), config, noise_schedule(c.prediction),
-                               c.diffusion_batch, c.min_snr_gamma, folder/name, name, c.class_embedding_lr)
+                               c.diffusion_batch, c.min_snr_gamma, folder/name, name, c.class_embedding_lr, c.v_limit)
     sampler = SamplingConfig(c.scheduler, c.sampler_steps, c.eta, seed, c.precision, prediction=c.prediction)
     drawn = synthesize_patches(fitted.model, vae, labels, ClassifierFreeGuidance(c.cfg_scale), sampler,
                                start=start_latents(run, vae, labels))

@@ -34,7 +34,9 @@ def is_published(
 
 # %% ../../nbs/library/study/03_prior.ipynb #f8b9f8ae
 _FREE = ("precision", "prior", "prior_part", "prior_steps")
-_FREE_IN_TRAINING = ("pretrain_patches", "diffusion_steps", "diffusion_batch", "diffusion_lr", "min_snr_gamma")
+_FREE_IN_TRAINING = ("pretrain_patches", "diffusion_steps", "diffusion_batch", "diffusion_lr", "min_snr_gamma",
+                     "v_limit")
+_ADDED = dict(v_limit=0., condition_features=0)  # settings that older records lack, with what was done then
 
 def settings_of_prior(
     settings:Profile, # of a run
@@ -44,7 +46,8 @@ def settings_of_prior(
     if not settings.prior: return {}
     free = _FREE
     if not is_published(settings, "diffusion"): free += _FREE_IN_TRAINING + ("prediction",)*("prediction" in overrides)
-    stored = published_prior(settings.prior)[1]["settings"]
+    stored = _ADDED | published_prior(settings.prior)[1]["settings"]
+    if not is_published(settings, "diffusion") and not stored["condition_features"]: free += ("condition_features",)
     fixed = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k not in free}
     for name in sorted(fixed):
         if name in overrides and getattr(settings, name) != fixed[name]:

@@ -73,6 +73,8 @@ class PriorSettings:
     unet_attention: tuple[bool, ...] = (False, True) # self-attention at each level
     prediction: Literal["epsilon", "v_prediction"] = "epsilon" # what the U-Net predicts
     min_snr_gamma: PositiveOrZero = 5. # min-SNR loss weighting, >= 0; 0: none
+    v_limit: PositiveOrZero = 0. # largest weight where errors count as errors of v do, >= 0; 0: min-SNR instead
+    condition_features: CountOrZero = 16 # texture components that the prior is conditioned on, >= 0; 0: none
     diffusion_steps: CountOrZero = 100 # optimiser steps, >= 0; 0: random weights, no pre-training
     diffusion_batch: Count = 32 # latents per step, > 0
     diffusion_lr: Positive = 1e-3 # peak learning rate, > 0
@@ -100,6 +102,8 @@ class SamplingSettings:
     eta: Share = 0. # noise added in sampling: 0 (deterministic DDIM) to 1 (as DDPM)
     guidance_scale: PositiveOrZero = 4. # scale s of the classifier guidance, >= 0
     guidance_interval: tuple[Time, Time] = (0, 1000) # times t with guidance, first (inclusive) and last (exclusive)
+    condition_spread: PositiveOrZero = .4 # how far descriptions of a class vary about those of labelled patches, >= 0
+    condition_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1. # weight of the description, >= 1; 1: plain
     start_time: Annotated[int, Field(gt=0, le=1000)] = 1000 # t to start at; < 1000: from noised labelled patches
     samples_per_class: Count = 20 # candidates per class, > 0
     selection_rule: str = "both" # centroid, confidence, both, random, or a rule of your own

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ADAPTATIONS', 'REAL', 'pretraining_data', 'target_data', 'read_pool', 'read_split', 'patient_groups', 'read_labelled',
-           'read_unlabelled', 'autoencoder', 'load_autoencoder', 'diffusion', 'fit_classifier', 'fine_tune',
-           'unlabelled_latents', 'adapt', 'draw_candidates', 'start_latents', 'synthesize', 'Candidates',
-           'read_synthetic', 'backbone_config', 'teacher_configs', 'training_work', 'teacher', 'load_teacher', 'longer',
-           'augmentation_grid', 'real_only', 'load_backbone', 'Selector', 'ratios_of', 'synthetic_counts', 'select',
-           'copy_test', 'chosen_patches', 'train_with_patches', 'Method', 'with_patches', 'measure_methods', 'augment']
+           'read_unlabelled', 'autoencoder', 'load_autoencoder', 'diffusion', 'fit_classifier', 'labelled_latents',
+           'unlabelled_latents', 'fine_tune', 'adapt', 'class_conditions', 'draw_candidates', 'start_latents',
+           'synthesize', 'Candidates', 'read_synthetic', 'backbone_config', 'teacher_configs', 'training_work',
+           'teacher', 'load_teacher', 'longer', 'augmentation_grid', 'real_only', 'load_backbone', 'Selector',
+           'ratios_of', 'synthetic_counts', 'select', 'copy_test', 'chosen_patches', 'train_with_patches', 'Method',
+           'with_patches', 'measure_methods', 'augment']
 
 # %% ../../nbs/library/study/06_steps.ipynb #0411310f
 from collections.abc import Callable
@@ -39,8 +40,11 @@ from ..models.autoencoder import (
     decode_latents, encode_patches, low_frequency_share, psnr, train_autoencoder)
 from ..models.backbone import (
     BackboneConfig, build_backbone, features_and_posteriors, predict, train_backbone)
-from ..models.diffusion import LatentSampler, build_unet, noise_schedule, train_diffusion
-from ..models.encoders import PACKAGED, encode_images, load_encoder
+from ..models.conditioning import (
+    FeatureLoss, described, fit_condition, mix_components, train_conditioned)
+from ..models.diffusion import (
+    DiffusionLoss, LatentSampler, build_unet, noise_schedule, train_diffusion)
+from ..models.encoders import PACKAGED, encode_images, load_encoder, texture_features
 from ..models.ensemble import Ensemble, train_ensemble
 from ..models.guidance import ClassifierGuidance
 from ..models.latent_classifier import LabelledLatents, noise_report, train_classifier
@@ -192,18 +196,32 @@ def _first_unet(run, latents):
     if c.prior and c.prior_part == "whole": return _prior_networks(run)[1]
     return build_unet(latents.shape[-1], latents.shape[1], c.unet_channels, c.unet_layers, c.unet_attention)
 
+# %% ../../nbs/library/study/06_steps.ipynb #c378b89b
+def _train_prior(run, unet, latents, steps, folder):
+    "Train a U-Net on the latents of the pool, with descriptions of its patches if the settings say so."
+    c, start = run.settings, getattr(unet, "condition", None)
+    config = FitConfig(steps, c.diffusion_lr, warmup=steps//30, precision=c.precision, channels_last=False)
+    def train(unet, kind=FeatureLoss):
+        return train_diffusion(latents, unet, noise_schedule(c.prediction), c.diffusion_batch, c.min_snr_gamma, config,
+                               folder, v_limit=c.v_limit, kind=kind)
+    if start is None and not c.condition_features: return train(unet, DiffusionLoss)
+    if not (path := folder/"texture.safetensors").exists():
+        save_tensors(path, dict(features=texture_features(read_pool(run))))
+    features = load_tensors(path)["features"].numpy()
+    condition = start or fit_condition(features, c.condition_features)
+    components = condition.components(features)
+    latents.conditions = condition.project(components) if start else described(components)
+    return train(unet) if start else train_conditioned(train, unet, condition)
+
 # %% ../../nbs/library/study/06_steps.ipynb #542ce7be
 @stage("diffusion")
 def diffusion(run:Run, folder:Path):
-    "Cache the pool's latents, then train the unconditional prior on them, or continue training a published one."
+    "Cache the pool's latents, then train the prior on them without labels, or continue training a published one."
     c, vae, schedule = run.settings, load_autoencoder(run), noise_schedule(run.settings.prediction)
     steps = c.prior_steps if c.prior else c.diffusion_steps
     latents = _latents_of_pool(run, vae, folder, steps)
     fitted = Fit(_first_unet(run, latents))
-    if steps:
-        config = FitConfig(steps, c.diffusion_lr, warmup=steps//30, precision=c.precision, channels_last=False)
-        fitted = train_diffusion(LatentSampler(latents), fitted.model, schedule, c.diffusion_batch, c.min_snr_gamma,
-                                 config, folder)
+    if steps: fitted = _train_prior(run, fitted.model, LatentSampler(latents), steps, folder)
     save_pipeline(folder/"model", vae, fitted.model, schedule=schedule)
     seen = steps*c.diffusion_batch
     write_json(folder/"metrics.json", dict(history=fitted.history, training_seconds=fitted.seconds,
@@ -224,10 +242,37 @@ def fit_classifier(
                             mode or c.classifier_mode, c.classifier_batch, c.classifier_steps, c.classifier_lr,
                             derive_seed("adapt", run.seed), c.precision, folder)
 
+# %% ../../nbs/library/study/06_steps.ipynb #04971db4
+def _describe(latents, unet, images):
+    "Give latents the conditions of their patches, if a U-Net takes any."
+    if condition := getattr(unet, "condition", None): latents.conditions = condition(images)
+    return latents
+
+def labelled_latents(
+    run:Run,
+    vae, # AutoencoderDC
+    unet, # UNet2DModel; if it has a condition, the latents get theirs
+    fraction:float|None=None, # share of the training labels, 0..1; None: that of the run
+) -> LabelledLatents:
+    "Latents of the labelled patches in their eight symmetries."
+    labelled = read_labelled(run, fraction)
+    latents = LabelledLatents(vae, labelled.images, labelled.labels, precision=run.settings.precision)
+    return _describe(latents, unet, d4_images(labelled.images))
+
+def unlabelled_latents(
+    run:Run,
+    vae, # AutoencoderDC
+    unet, # UNet2DModel; if it has a condition, the latents get theirs
+) -> LatentSampler:
+    "Latents of all training patches in their eight symmetries; no label is read."
+    images = d4_images(read_split(run, "train").images)
+    latents = LatentSampler(encode_patches(vae, images, precision=run.settings.precision))
+    return _describe(latents, unet, images)
+
 # %% ../../nbs/library/study/06_steps.ipynb #1e6bc2d0
 def fine_tune(
     run:Run,
-    latents, # latents(n, generator) -> (n, C, h, w) batch
+    latents, # of `labelled_latents` or `unlabelled_latents`
     unet, # pre-trained UNet2DModel; changed in place
     steps:int, # optimiser steps, > 0
     mode:str, # 'whole' or 'lora'
@@ -238,16 +283,9 @@ def fine_tune(
     c = run.settings
     config = FitConfig(steps, c.finetune_lr, warmup=steps//20, ema_half_life=.1, seed=derive_seed("adapt", run.seed),
                        precision=c.precision, channels_last=False)
+    kind = DiffusionLoss if latents.conditions is None else FeatureLoss
     return train_diffusion(latents, unet, noise_schedule(c.prediction), c.diffusion_batch, c.min_snr_gamma, config,
-                           folder, desc, c.lora_rank if mode == "lora" else 0)
-
-def unlabelled_latents(
-    run:Run,
-    vae, # AutoencoderDC
-) -> LatentSampler:
-    "Latents of all training patches in their eight symmetries; no label is read."
-    images = d4_images(read_split(run, "train").images)
-    return LatentSampler(encode_patches(vae, images, precision=run.settings.precision))
+                           folder, desc, c.lora_rank if mode == "lora" else 0, c.v_limit, kind)
 
 # %% ../../nbs/library/study/06_steps.ipynb #3fdd7399
 @stage("adapt")
@@ -255,11 +293,11 @@ def adapt(run:Run, folder:Path):
     "Train the latent classifier and fine-tune the U-Net on the labelled patches."
     c, labelled = run.settings, read_labelled(run)
     vae, unet, _ = load_pipeline(run.folder("diffusion")/"model")
-    latents = LabelledLatents(vae, labelled.images, labelled.labels, precision=c.precision)
+    latents = labelled_latents(run, vae, unet)
     classifier = fit_classifier(run, latents, unet, folder=folder/"classifier")
     tuned = Fit(unet)
     if c.finetune_steps:
-        data = latents if c.finetune_data == "labelled" else unlabelled_latents(run, vae)
+        data = latents if c.finetune_data == "labelled" else unlabelled_latents(run, vae, unet)
         tuned = fine_tune(run, data, unet, c.finetune_steps, c.finetune_mode, folder/"finetune")
     save_pipeline(folder/"model", vae, tuned.model, classifier.model, noise_schedule(c.prediction))
     _measure_adaptation(run, folder, vae, classifier, tuned, labelled)
@@ -278,6 +316,21 @@ def _measure_adaptation(run, folder, vae, classifier, tuned, labelled):
         classifier_history=classifier.history, finetune_history=tuned.history,
         classifier_seconds=classifier.seconds, finetune_seconds=tuned.seconds))
 
+# %% ../../nbs/library/study/06_steps.ipynb #344abf5e
+def class_conditions(
+    run:Run,
+    unet, # UNet2DModel
+    labels:np.ndarray, # (N,) target class of each patch
+    fraction:float|None=None, # share of the training labels, 0..1; None: that of the run
+) -> torch.Tensor|None: # (N, width); None where the U-Net takes no condition
+    "Conditions of patches of the target classes, mixed from those of labelled patches."
+    if (condition := getattr(unet, "condition", None)) is None: return None
+    labelled = read_labelled(run, fraction)
+    components = condition.components(texture_features(labelled.images))
+    mixed = mix_components(components, labelled.labels, labels, run.settings.condition_spread,
+                           derive_seed("condition", run.seed))
+    return condition.project(mixed)
+
 # %% ../../nbs/library/study/06_steps.ipynb #15316ddd
 def draw_candidates(
     settings, # of a run
@@ -287,12 +340,14 @@ def draw_candidates(
     labels:np.ndarray, # (N,) target class of each patch
     seed:int=0, # of all noise
     start:tuple|None=None, # latents (N, C, h, w) and the time t whose noise is added to them; None: noise alone
+    vectors:torch.Tensor|None=None, # (N, width) of `class_conditions`; None: none
 ) -> dict: # as `synthesize_patches`
     "Patches of the target classes, sampled and guided as the settings say."
     c = settings
     guidance = ClassifierGuidance(classifier, c.guidance_scale, c.guidance_interval)
-    config = SamplingConfig(c.scheduler, c.sampler_steps, c.eta, seed, c.precision, prediction=c.prediction)
-    return synthesize_patches(unet, vae, labels, guidance, config, start=start)
+    config = SamplingConfig(c.scheduler, c.sampler_steps, c.eta, seed, c.precision, prediction=c.prediction,
+                            condition_scale=c.condition_scale)
+    return synthesize_patches(unet, vae, labels, guidance, config, start=start, vectors=vectors)
 
 # %% ../../nbs/library/study/06_steps.ipynb #2c99f578
 def start_latents(
@@ -324,7 +379,7 @@ def synthesize(run:Run, folder:Path):
         images += len(labels)
         if path.exists(): continue  # made by an earlier attempt
         start, seed = start_latents(run, vae, labels), derive_seed("sample", run.seed)
-        s = draw_candidates(c, vae, unet, classifier, labels, seed, start)
+        s = draw_candidates(c, vae, unet, classifier, labels, seed, start, class_conditions(run, unet, labels))
         facts = dict(scheduler=c.scheduler, steps=c.sampler_steps, guidance_scale=c.guidance_scale, seed=run.seed)
         save_tensors(path, dict(images=s["images"], labels=labels, confidence=s["confidence"]), facts)
     return dict(images=images)

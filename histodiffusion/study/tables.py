@@ -28,9 +28,9 @@ from .compare import PatchQuality
 from .prior import is_published, published_prior
 from .run import Run
 from .stages import STAGES
-from .steps import (
-    chosen_patches, draw_candidates, patient_groups, read_labelled, read_pool, read_split, read_synthetic)
-
+from histodiffusion.study.steps import (
+    chosen_patches, class_conditions, draw_candidates, patient_groups, read_labelled, read_pool, read_split,
+    read_synthetic)
 
 # %% ../../nbs/library/study/08_tables.ipynb #6a734446
 def gather(
@@ -155,7 +155,8 @@ def _from_noise(run, n=6):
     "Some patches of each class from noise alone, where those sampled from labelled patches may not be shown."
     vae, unet, classifier = load_pipeline(run.folder("adapt")/"model")
     labels = np.repeat(np.arange(classifier.config.n_classes), n)
-    return draw_candidates(run.settings, vae, unet, classifier, labels)["images"], labels
+    drawn = draw_candidates(run.settings, vae, unet, classifier, labels, vectors=class_conditions(run, unet, labels))
+    return drawn["images"], labels
 
 @stage("figure_2")
 def figure_2(run:Run, folder:Path):
