@@ -17,6 +17,7 @@ from ..data.patches import PatchSet
 from ..measure.image_metrics import nearest_neighbours
 from ..models.autoencoder import decode_latents
 from ..models.backbone import features_and_posteriors
+from ..models.conditioning import class_vectors
 from ..models.guidance import ClassifierGuidance
 from ..models.sampling import SCHEDULERS, SamplingConfig, guided_sample, load_pipeline
 from ..study.run import Run
@@ -81,8 +82,10 @@ def draw(self:Explorer,
     "Sample patches of a class, and classify them with the teacher."
     k, config = self.labelled.classes.index(target), SamplingConfig(scheduler, steps, seed=seed)
     def show(step, t, z, p): watch(Drawn(decode_latents(self.autoencoder, z.cpu()), target, step + 1, steps))
-    z = guided_sample(self.unet, np.full(n, k), ClassifierGuidance(self.classifier, scale), config,
-                      callback=show if watch else None)
+    labels = np.full(n, k)
+    vectors = class_vectors(self.unet, self.labelled.images, self.labelled.labels, labels, seed=seed)
+    z = guided_sample(self.unet, labels, ClassifierGuidance(self.classifier, scale), config,
+                      callback=show if watch else None, vectors=vectors)
     images = decode_latents(self.autoencoder, z)
     features, posteriors = features_and_posteriors(self.teacher, images)
     distances, nearest = nearest_neighbours(features, self.features)

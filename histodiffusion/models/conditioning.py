@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIMIT', 'DROP', 'Condition', 'described', 'fit_condition', 'attach', 'ScaledLinear', 'train_conditioned',
-           'FeatureLoss', 'Bound', 'mix_components']
+           'FeatureLoss', 'Bound', 'mix_components', 'class_vectors']
 
 # %% ../../nbs/library/models/13_conditioning.ipynb #10bb5e0f
 import numpy as np
@@ -168,3 +168,17 @@ def mix_components(
     rng, members = np.random.default_rng(seed), {k: np.flatnonzero(labels == k) for k in np.unique(targets)}
     i, j, l = np.array([rng.choice(members[k], 3) for k in targets]).T
     return (components[i] + spread*(components[j] - components[l])).clamp(-LIMIT, LIMIT)
+
+# %% ../../nbs/library/models/13_conditioning.ipynb #072147db
+def class_vectors(
+    unet, # UNet2DModel
+    images:np.ndarray, # (N, H, W, C) uint8 labelled patches
+    labels:np.ndarray, # (N,) their classes
+    targets:np.ndarray, # (M,) wanted classes
+    spread:float=.4, # see `mix_components`
+    seed:int=0, # of the draws
+) -> torch.Tensor|None: # (M, width); None where the U-Net takes no condition
+    "Vectors of patches of the wanted classes, mixed from those of labelled patches."
+    if (condition := getattr(unet, "condition", None)) is None: return None
+    components = condition.components(texture_features(images))
+    return condition.project(mix_components(components, labels, targets, spread, seed))

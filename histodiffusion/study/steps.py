@@ -41,7 +41,7 @@ from ..models.autoencoder import (
 from ..models.backbone import (
     BackboneConfig, build_backbone, features_and_posteriors, predict, train_backbone)
 from ..models.conditioning import (
-    FeatureLoss, described, fit_condition, mix_components, train_conditioned)
+    FeatureLoss, class_vectors, described, fit_condition, train_conditioned)
 from ..models.diffusion import (
     DiffusionLoss, LatentSampler, build_unet, noise_schedule, train_diffusion)
 from ..models.encoders import PACKAGED, encode_images, load_encoder, texture_features
@@ -324,12 +324,9 @@ def class_conditions(
     fraction:float|None=None, # share of the training labels, 0..1; None: that of the run
 ) -> torch.Tensor|None: # (N, width); None where the U-Net takes no condition
     "Conditions of patches of the target classes, mixed from those of labelled patches."
-    if (condition := getattr(unet, "condition", None)) is None: return None
     labelled = read_labelled(run, fraction)
-    components = condition.components(texture_features(labelled.images))
-    mixed = mix_components(components, labelled.labels, labels, run.settings.condition_spread,
-                           derive_seed("condition", run.seed))
-    return condition.project(mixed)
+    return class_vectors(unet, labelled.images, labelled.labels, labels, run.settings.condition_spread,
+                         derive_seed("condition", run.seed))
 
 # %% ../../nbs/library/study/06_steps.ipynb #15316ddd
 def draw_candidates(
