@@ -189,7 +189,7 @@ def test_corrupt_images_that_were_left_out_are_counted(results, leaky, tmp_path)
 def test_the_committed_tables_are_where_their_command_writes(monkeypatch):
     for kind in ("RESULTS", "FIGURES"):
         monkeypatch.delenv(f"HISTODIFFUSION_{kind}_PATH", raising=False)
-    text = (ROOT / "results" / "README.md").read_text()
+    text = (ROOT / "results" / "LOG.md").read_text()
     commands = re.findall(r'^make reproduce PROFILE=(\w+) DATASET=(\S+) \\\n\s+ARGS="([^"]+)"', text, re.MULTILINE)
     assert {c[1] for c in commands} == set(PROFILES["small"].expected)
     for profile, dataset, words in commands:
