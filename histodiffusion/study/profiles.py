@@ -74,7 +74,7 @@ class PriorSettings:
     prediction: Literal["epsilon", "v_prediction"] = "epsilon" # what the U-Net predicts
     min_snr_gamma: PositiveOrZero = 5. # min-SNR loss weighting, >= 0; 0: none
     v_limit: PositiveOrZero = 0. # largest weight where errors count as errors of v do, >= 0; 0: min-SNR instead
-    condition_features: CountOrZero = 16 # texture components that the prior is conditioned on, >= 0; 0: none
+    condition_features: CountOrZero = 0 # texture components that the prior is conditioned on, >= 0; 0: none
     diffusion_steps: CountOrZero = 100 # optimiser steps, >= 0; 0: random weights, no pre-training
     diffusion_batch: Count = 32 # latents per step, > 0
     diffusion_lr: Positive = 1e-3 # peak learning rate, > 0
