@@ -74,8 +74,8 @@ def load(cls:Condition,
 def _zeros(unet, args, kwargs):
     "Fill in zeros where a conditioned network is called without a vector."
     if kwargs.get("class_labels") is None and len(args) < 3:
-        width = unet.time_embedding.linear_2.out_features
-        kwargs["class_labels"] = torch.zeros(len(args[0]), width, device=args[0].device)
+        sample, width = args[0] if args else kwargs["sample"], unet.time_embedding.linear_2.out_features
+        kwargs["class_labels"] = torch.zeros(len(sample), width, device=sample.device)
     return args, kwargs
 
 def attach(

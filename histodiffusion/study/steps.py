@@ -12,6 +12,7 @@ __all__ = ['ADAPTATIONS', 'REAL', 'pretraining_data', 'target_data', 'read_pool'
            'with_patches', 'measure_methods', 'augment']
 
 # %% ../../nbs/library/study/06_steps.ipynb #0411310f
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -436,7 +437,9 @@ def teacher(run:Run, folder:Path):
     write_json(folder/"metrics.json", dict(
         temperature=net.temperature.item(), accuracy_held_out=accuracy(held_out, labelled),
         accuracy_validation=accuracy(predict(net, validation.images), validation)))
-    return training_work(*configs*(1 + len(list((folder/"training").glob("fold-*")))))
+    trained = 1 + len(list((folder/"training").glob("fold-*")))
+    shutil.rmtree(folder/"training")  # the networks of the folds
+    return training_work(*configs*trained)
 
 # %% ../../nbs/library/study/06_steps.ipynb #fa506ce5
 def load_teacher(run:Run) -> Ensemble: # eval mode
