@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from histodiffusion.core import HistoDiffusionError, load_settings
-from histodiffusion.data.patches import labelled_fraction, load_patches, split_patches
+from histodiffusion.data.patches import (
+    dataset_classes,
+    labelled_fraction,
+    load_patches,
+    packed_dataset,
+    split_patches,
+)
 from histodiffusion.data.pool import default_pretraining, unlabelled_pool
 
 mirror = load_settings().data_mirror
@@ -49,6 +55,14 @@ def test_pool_takes_from_every_set_and_leaves_the_target_out():
 def test_tiff_of_nct_crc_loads_in_nine_classes():
     patches = load_patches("nct-crc-he", size=96)
     assert len(patches) == 11 and len(patches.classes) == 9 and patches.images.shape[1:] == (96, 96, 3)
+
+
+@pytest.mark.mirror
+@needs_mirror
+def test_the_unlabelled_folder_of_pcam_is_no_class():
+    assert dataset_classes("pcam") == ("metastasis", "no_metastasis")
+    packed = packed_dataset("pcam")
+    assert len(packed) == 9767 and np.bincount(packed.labels + 1)[0] == 6
 
 
 def test_a_missing_mirror_is_one_sentence(monkeypatch):
