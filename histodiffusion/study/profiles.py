@@ -118,7 +118,7 @@ class BackboneSettings:
     backbone_steps: Count = 50 # optimiser steps, > 0
     backbone_batch: Count = 32 # patches per step, > 0
     backbone_lr: Positive = 4e-3 # peak learning rate, > 0
-    teacher: tuple[str, ...] = ("test_resnet", "test_resnet") # timm names of the networks that are averaged as teacher
+    teacher: tuple[str, ...] = ("test_resnet",) # timm names of the networks that are averaged as teacher
     teacher_steps: Count = 50 # optimiser steps of each of them, > 0
     teacher_lr: Positive = 4e-3 # their peak learning rate, > 0
     encoder_steps: Count = 50 # optimiser steps of the packaged encoder as one of them, > 0
