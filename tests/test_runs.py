@@ -79,6 +79,7 @@ def test_every_setting_changes_the_stages_that_list_it_and_no_earlier_one(projec
         "autoencoder_crop": 16,
         "teacher": ("resnet18",),
         "teacher_symmetries": 8,
+        "teacher_folds": 3,
         "v_limit": 30.0,
         "condition_scale": 2.0,
         "image_size": 128,

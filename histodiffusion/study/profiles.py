@@ -124,7 +124,7 @@ class BackboneSettings:
     encoder_steps: Count = 50 # optimiser steps of the packaged encoder as one of them, > 0
     encoder_lr: Positive = 1e-3 # its peak learning rate, also as backbone, > 0
     teacher_symmetries: Symmetries = 4 # symmetries of the square that it is averaged over: 1, 2, 4 or 8
-    teacher_folds: CountOrZero = 2 # folds of the labelled patches that calibrate it, 0 (no calibration) or 2 and more
+    teacher_folds: CountOrZero = 0 # folds of the labelled patches that calibrate it, 0 (no calibration) or 2 and more
     augmentation_strengths: tuple[ShareAboveZero, ...] = (1.,) # of standard augmentation, tried on validation patches
     augmentation_mixups: tuple[PositiveOrZero, ...] = (0.,) # its mixup, parameters of a Beta distribution; 0: none
     augmentation_schedules: tuple[Positive, ...] = (1.,) # its lengths of training, in multiples of backbone_steps
