@@ -46,13 +46,12 @@ def fit_condition(
     k:int, # components, >= 1
 ) -> Condition: # not trained yet
     "The k largest principal components of features, scaled to variance 1."
+    from sklearn.decomposition import PCA
     if k > min(len(features) - 1, features.shape[1]):
         raise HistoDiffusionError(f"{k} components of {len(features)} patches with {features.shape[1]} features: lower "
                                   "condition_features.")
-    mean = features.mean(0, dtype=np.float64)
-    variance, vectors = np.linalg.eigh(np.cov((features - mean).T))
-    variance, vectors = variance[::-1][:k], vectors[:, ::-1][:, :k]
-    return Condition(mean.astype(np.float32), (vectors/np.sqrt(variance + 1e-12)).astype(np.float32))
+    pca = PCA(k, svd_solver="full").fit(features)
+    return Condition(pca.mean_, pca.components_.T/np.sqrt(pca.explained_variance_ + 1e-12))
 
 # %% ../../nbs/library/models/13_conditioning.ipynb #bc4bc911
 @patch
@@ -138,9 +137,6 @@ class FeatureLoss(ConditionalLoss):
         return z
 
 # %% ../../nbs/library/models/13_conditioning.ipynb #2b78be26
-class _Output:
-    def __init__(self, sample): self.sample = sample
-
 class Bound:
     "A conditioned U-Net with the vectors of a batch."
     def __init__(self,
@@ -152,9 +148,10 @@ class Bound:
 
     def __call__(self, x, t):
         if self.scale == 1: return self.unet(x, t, class_labels=self.vectors)
+        from diffusers.models.unets.unet_2d import UNet2DOutput
         both = torch.cat([torch.zeros_like(self.vectors), self.vectors])
         without, given = self.unet(torch.cat([x, x]), t, class_labels=both).sample.chunk(2)
-        return _Output(without + self.scale*(given - without))
+        return UNet2DOutput(without + self.scale*(given - without))
 
 # %% ../../nbs/library/models/13_conditioning.ipynb #b36e74c0
 def mix_components(

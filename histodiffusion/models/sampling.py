@@ -182,10 +182,12 @@ class Rejection:
 def _finish(batch, unet, guidance, config, rejection, found):
     "Sample a batch to the end, less what is dropped at the checkpoints, and enter the results in `found`."
     steps, classifier = len(batch.scheduler.timesteps), guidance.classifier
+    exaggerated = batch.vectors is not None and config.condition_scale != 1  # two evaluations, see `Bound`
     shares = (*(rejection.checkpoints if rejection else ()), 1)
     for k, share in enumerate(shares):
         until = round(share*steps)
-        found["evaluations"] += len(batch.z)*sum(map(guidance.evaluations, batch.scheduler.timesteps[batch.step:until]))
+        times = batch.scheduler.timesteps[batch.step:until]
+        found["evaluations"] += len(batch.z)*sum(map(guidance.evaluations, times))*(1 + exaggerated)
         _advance(batch, unet, guidance, config, until)
         p = None if classifier is None else _posterior(classifier, batch, config.precision)
         if share == 1: break
