@@ -125,10 +125,12 @@ def pseudo_labelled(
     run:Run,
     images:np.ndarray, # (M, H, W, C) uint8 real patches
     ratio:float, # patches per labelled one, > 0
+    shortlist:int=0, # > 0: of each class the teacher sees at most so many, see `_shortlist`
 ) -> tuple: # (N, H, W, C) uint8 patches and (N,) pseudo-labels; None, None where there are none
     "Real patches with the teacher's pseudo-labels, selected by the rule of the run."
     if not len(images): return None, None
     selector, counts = Selector(run), synthetic_counts(read_labelled(run), ratio)
+    if shortlist: images = _shortlist(selector, images, shortlist)
     evidence = selector.evidence(images)
     return pick(selector, images, evidence["probabilities"].argmax(1), counts, evidence=evidence)
 
@@ -143,7 +145,7 @@ def retrieval(
 ) -> tuple: # as `pseudo_labelled`; None, None too where the pool is that of a published prior
     "Patches of the pre-training pool in place of synthetic ones."
     if is_published(run.settings, "pretraining_data"): return None, None
-    return pseudo_labelled(run, _shortlist(Selector(run), read_pool(run), run.settings.samples_per_class), ratio)
+    return pseudo_labelled(run, read_pool(run), ratio, run.settings.samples_per_class)
 
 # %% ../../nbs/library/study/07_compare.ipynb #8bc6b687
 UPPER_BOUNDS = dict(upper_bound_pseudo_labels=False, upper_bound_true_labels=True)  # whether true labels are used
