@@ -74,7 +74,7 @@ class PriorSettings:
     prediction: Literal["epsilon", "v_prediction"] = "epsilon" # what the U-Net predicts
     min_snr_gamma: PositiveOrZero = 5. # min-SNR loss weighting, >= 0; 0: none
     v_limit: PositiveOrZero = 0. # largest weight where errors count as errors of v do, >= 0; 0: min-SNR instead
-    condition_features: CountOrZero = 0 # texture components that the prior is conditioned on, >= 0; 0: none
+    condition_features: Annotated[int, Field(ge=0, le=384)] = 0 # texture components that it is told, 0 to 384; 0: none
     diffusion_steps: CountOrZero = 100 # optimiser steps, >= 0; 0: random weights, no pre-training
     diffusion_batch: Count = 32 # latents per step, > 0
     diffusion_lr: Positive = 1e-3 # peak learning rate, > 0
@@ -217,6 +217,7 @@ def _problems(p):
         f"selection_rule must be one of {', '.join(RULES)}": p.selection_rule not in RULES,
         "teacher needs a network or more": not p.teacher,
         "teacher_folds must be 0, or 2 or more": p.teacher_folds == 1,
+        "condition_features must be fewer than pretrain_patches": p.condition_features >= p.pretrain_patches,
         "prior_steps and prior_part need a prior": not p.prior and (p.prior_steps or p.prior_part != "whole"),
         "guidance_interval must name the earlier time first": first >= last,
         "augmentation_strengths, augmentation_mixups and augmentation_schedules need a value or more": not all(
