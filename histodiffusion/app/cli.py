@@ -217,7 +217,7 @@ def make_stages(run, command: str, force: bool) -> None:
             print(title, flush=True)
             make_stage(this, job.stage)
         seconds = duration(read_json(this.record(job.stage))["seconds"])
-        print(f"{title}: {'done before' if job.done else 'done'} in {seconds}\n    {this.folder(job.stage)}")
+        print(f"{title}: {'done before' if job.done else 'done'} in {seconds}\n    {this.read(job.stage)}")
 
 
 def parse(argv: list[str]):

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core import HistoDiffusionError, best_precision, card_html, hash_object, load_settings, read_json
+from ..core import (
+    HistoDiffusionError, best_precision, card_html, check_files, hash_object, load_settings, read_json)
 from ..data.catalogue import REGISTRY
 from ..data.patches import dataset_channels, dataset_fingerprint, parse_phantom, short_name
 from ..data.pool import default_pretraining
@@ -269,6 +270,22 @@ def done(self:Run,
     if is_published(self.settings, stage): return path.is_file()
     complete = path.is_file() and all((path.parent/o).is_file() for o in STAGES[stage].outputs)
     return complete and read_json(path).get("key") == self.key(stage)
+
+# %% ../../nbs/library/study/04_run.ipynb #34fd9b15
+@patch
+def read(self:Run,
+    stage:str, # name in STAGES
+) -> Path:
+    "The folder of a stage that was made; its files are as the stage wrote them."
+    record, folder = self.record(stage), self.folder(stage)
+    if not record.is_file():
+        raise HistoDiffusionError(f"Stage '{stage}' has not been made in {folder}: run 'histodiffusion "
+                                  f"{STAGES[stage].command}' with the options of this run first.")
+    published = is_published(self.settings, stage)
+    waste = f"the folder {folder}" if STAGES[stage].folder == "artefacts" else record
+    check_files(folder, read_json(record).get("files", {}), f"get the folder {folder} anew" if published else
+                f"delete {waste} and give the same command again, which makes stage '{stage}' anew")
+    return folder
 
 # %% ../../nbs/library/study/04_run.ipynb #cf77bf36
 @patch
