@@ -310,8 +310,7 @@ def read_table(
 ): # DataFrame
     "Read a table that `write_csv` wrote: names stay text, and only an empty cell is a missing number."
     import pandas as pd
-    try: table = pd.read_csv(path, dtype=dict.fromkeys(TEXT_COLUMNS, str), keep_default_na=False, na_values=[""],
-                             float_precision="round_trip")
+    try: table = pd.read_csv(path, dtype=dict.fromkeys(TEXT_COLUMNS, str), keep_default_na=False, na_values=[""])
     except (ValueError, OSError) as e:  # pandas' errors are ValueErrors
         why = " ".join(str(e).split())
         raise HistoDiffusionError(f"{path} is no readable table ({why}): delete it and run its stage again.") from e
