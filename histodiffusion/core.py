@@ -303,7 +303,8 @@ def write_csv(
 # %% ../nbs/library/00_core.ipynb #78f82566
 TEXT_COLUMNS = (
     "class", "label", "method", "adaptation", "axis", "stage", "what", "device", "file", "file_name", "reference",
-    "scheduler", "interval", "classifier", "target", "pretrain", "pretrain_file", "target_file", "split", "kind", "model_sha256")
+    "scheduler", "interval", "classifier", "target", "pretrain", "pretrain_file", "target_file", "split", "kind",
+    "model_sha256")
 
 def read_table(
     path, # CSV file

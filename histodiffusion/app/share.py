@@ -139,7 +139,7 @@ def export_synthetic(
         licences = "; ".join(sorted(set(_licences(run).values())))
         write_json(new/"croissant.json", croissant_metadata(new, f"{slug(run.target)}-synthetic", text, licences))
     if empty := [c for c in classes if c not in set(rows.label)]:
-        print(f"warning: no patch of {', '.join(empty)} is in {folder}; its empty folder keeps the order of the classes")
+        print(f"warning: no patch of {', '.join(empty)} is in {folder}; an empty folder keeps the order of the classes")
     return folder
 
 # %% ../../nbs/library/app/01_share.ipynb #a6bcf69a
@@ -178,7 +178,8 @@ def _write_networks(run, name, folder):
     heads = {k: v.half() for k, v in net.state_dict().items() if not k.startswith("body.")}
     save_tensors(folder/"classifier.safetensors", heads)
     write_json(folder/"classifier.json", dict(
-        files=file_facts(folder, ["classifier.safetensors"]), config={k: net.config[k] for k in ("n_classes", "noise_aware")},
+        files=file_facts(folder, ["classifier.safetensors"]),
+        config={k: net.config[k] for k in ("n_classes", "noise_aware")},
         classes=list(labelled.classes), learnt_from=run.target, labels=len(labelled.labels),
         validation_accuracy=read_json(run.read("adapt")/"metrics.json")["validation_accuracy_by_noise"]))
 

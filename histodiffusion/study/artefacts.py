@@ -13,8 +13,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..core import (
-    HistoDiffusionError, file_facts, load_settings, machine, markdown_text, peak_memory, read_json, read_table, write_json)
+from histodiffusion.core import (
+    HistoDiffusionError, file_facts, load_settings, machine, markdown_text, peak_memory, read_json, read_table,
+    write_json)
 from ..data.patches import short_name
 from .prior import is_published
 from .run import Run, prior_sets, share_images

@@ -71,9 +71,9 @@ def table_1(run:Run, folder:Path):
     table = summarise_methods(rows, read_correct(inputs), groups, ("histodiffusion_selected", c.ratio))
     save_figure(figures.plot_gain(table), run.figures/"gain")
     write_table(table, run.results/"table_1",
-                f"Test split of {markdown_text(short_name(run.target))} at {c.label_fraction:.3g} of the labels, {len(c.seeds)} "
-                "seeds; gains over `real` and over `standard_augmentation` (gain_std) with 95 % intervals over seeds "
-                f"and test {'patients or slides' if known else 'patches, taken as independent'}. Declared beforehand: "
+                f"Test split of {markdown_text(short_name(run.target))} at {c.label_fraction:.3g} of the labels, "
+                f"{len(c.seeds)} seeds; gains over `real` and over `standard_augmentation` (gain_std) with 95 % "
+                f"intervals over seeds and test {'patients or slides' if known else 'patches, taken as independent'}. Declared beforehand: "
                 f"`histodiffusion_selected` at {c.ratio:.0%} against `real`, whose p-value is not corrected; those of "
                 "the method's other rows are, after Holm. worth_labels: further labels that give the same gain.")
     runs = [r for s, r in inputs if s == "augment"]
