@@ -200,13 +200,14 @@ def explain(command: str) -> str:
 def make_stages(run, command: str, force: bool) -> None:
     "Make the stages of a command, and those that they need."
     from histodiffusion.app.reproduce import duration, plan
-    from histodiffusion.study.artefacts import make_stage, remove_stage
+    from histodiffusion.study.artefacts import check_leakage, make_stage, remove_stage
     from histodiffusion.study.checks import check_run
     from histodiffusion.study.run import Run
 
     names = stages_of(command)
     for warning in check_run(run):
         print(f"warning: {warning}", flush=True)
+    check_leakage(run)
     for name in names if force else ():
         for seed in run.settings.seeds if STAGES[name].per_seed else (run.seed,):
             remove_stage(run.with_seed(seed), name)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core import HistoDiffusionError, load_settings, read_json
 from ..data.patches import dataset_classes, in_hdf5, list_images, packed_dataset, parse_phantom
-from ..study.artefacts import command_of, remove_stage
+from ..study.artefacts import check_leakage, command_of, remove_stage
 from ..study.checks import check_run
 from ..study.prior import is_published
 from ..study.run import Run
@@ -274,6 +274,7 @@ def reproduce(
     if all(j.done for j in jobs): print(f"Nothing to do: all {len(jobs)} stages are done.")
     else:
         print(describe_plan(run), flush=True)
+        check_leakage(run)
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if code := _launch(run, jobs, cores or available): return code
     return show_results(run)

@@ -27,7 +27,7 @@ from ..core import (
     HistoDiffusionError, card_html, derive_seed, get_device, load_array, load_tensors, read_json, read_table,
     save_tensors, write_json, write_table)
 from ..data.leakage import held_back, leakage, target_splits
-from ..data.patches import PatchSet, labelled_fraction, load_patches, unreadable_images
+from ..data.patches import PatchSet, check_target, labelled_fraction, load_patches, unreadable_images
 from ..data.pool import unlabelled_pool
 from ..data.stain import normalise_stain
 from ..data.symmetries import d4_images
@@ -91,8 +91,9 @@ def pretraining_data(run:Run, folder:Path):
 def target_data(run:Run, folder:Path):
     "Read the labelled set once, with its splits."
     patches = load_patches(run.target, run.settings.image_size, run.channels, run.skip_corrupt)
-    np.save(folder/"patches.npy", _stained(run, patches.images))
     groups, splits = target_splits(run.target, patches.keys, patches.labels, patches.groups, run.settings.image_size)
+    check_target(patches.labels, patches.keys, patches.classes, splits, 1., (0,))  # before anything is trained
+    np.save(folder/"patches.npy", _stained(run, patches.images))
     splits = {k: v.tolist() for k, v in splits.items()}
     write_json(folder/"manifest.json", dict(name=patches.name, classes=patches.classes, counts=patches.counts(),
                                             labels=patches.labels.tolist(), keys=patches.keys, groups=groups,
