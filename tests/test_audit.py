@@ -250,7 +250,8 @@ def test_pool_made_for_one_target_is_still_checked_for_the_next(tmp_path, target
     assert run.done("pretraining_data")
     with pytest.raises(HistoDiffusionError, match="--allow-leakage"):
         autoencoder(run)
-    words = ["--dataset", f"folder:{target}", "--pretrain-sets", other, "--image-size", "32", "--pretrain-patches", "20"]
+    words = ["--dataset", f"folder:{target}", "--pretrain-sets", other]
+    words += ["--image-size", "32", "--pretrain-patches", "20"]
     for command in ("data", "pretrain", "reproduce"):
         assert main([command, "--profile", "smoke", "--label-fraction", "1", *words]) == 2
         err = capsys.readouterr().err

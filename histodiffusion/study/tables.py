@@ -75,7 +75,8 @@ def table_1(run:Run, folder:Path):
                 f"{len(c.seeds)} seeds; gains over `real` and over `standard_augmentation` (gain_std) with 95 % "
                 f"intervals over seeds and test {'patients or slides' if known else 'patches, taken as independent'}. "
                 f"Declared beforehand: `histodiffusion_selected` at {c.ratio:.0%} against `real`, whose p-value is not "
-                "corrected; those of the method's other rows are, after Holm. worth_labels: further labels that give the same gain.")
+                "corrected; those of the method's other rows are, after Holm. worth_labels: further labels that give "
+                "the same gain.")
     runs = [r for s, r in inputs if s == "augment"]
     for name, (stage_of, caption) in SEED_TABLES.items():
         files = [(r.seed, r.read(stage_of)/f"{name}.csv") for r in runs]
