@@ -76,8 +76,8 @@ class Reproduce(StageCommand):
     def __call__(self):
         from histodiffusion.app.reproduce import reproduce
 
-        if self.cores < 0:
-            raise HistoDiffusionError(f"--cores is {self.cores}: give a whole number of 0 or more.")
+        if not 0 <= self.cores <= 4096:
+            raise HistoDiffusionError(f"--cores is {str(self.cores)[:30]}: give a whole number from 0 to 4096.")
         return reproduce(self.make(), self.cores or None, self.dry_run, self.force)
 
 

@@ -16,8 +16,8 @@ from PIL import Image
 from fastcore.basics import patch
 
 from ..core import (
-    HistoDiffusionError, atomic_path, card_html, check_files, file_facts, hash_file, load_settings, load_tensors,
-    markdown_text, progress, read_json, read_table, save_tensors, write_csv, write_json, write_text)
+    HistoDiffusionError, as_path, atomic_path, card_html, check_files, file_facts, hash_file, load_settings,
+    load_tensors, markdown_text, progress, read_json, read_table, save_tensors, write_csv, write_json, write_text)
 from ..data.catalogue import REGISTRY, may_show
 from ..data.patches import short_name
 from ..models.diffusion import noise_schedule
@@ -122,7 +122,7 @@ def export_synthetic(
     adaptation:str="finetuned", # or 'guidance_only'
 ) -> Path:
     "Write the synthetic patches of a run as a folder to share; it appears when it is complete."
-    folder = Path(folder).expanduser()
+    folder = as_path(folder)
     if folder.exists(): raise HistoDiffusionError(f"{folder} exists: name a new folder, or remove it first.")
     rows = synthetic_metadata(run, adaptation)
     if selected: rows = rows[rows.selected]

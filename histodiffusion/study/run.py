@@ -14,12 +14,12 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core import (
-    HistoDiffusionError, best_precision, card_html, check_files, hash_object, load_settings, read_json)
+    HistoDiffusionError, as_path, best_precision, card_html, check_files, hash_object, load_settings, read_json)
 from ..data.catalogue import REGISTRY
 from ..data.patches import dataset_channels, dataset_fingerprint, parse_phantom, short_name
 from ..data.pool import default_pretraining
 from .prior import is_published, published_prior, settings_of_prior
-from .profiles import PROFILES, get_profile
+from .profiles import MOST, PROFILES, get_profile
 from .stages import STAGES, code_hashes
 
 # %% ../../nbs/library/study/04_run.ipynb #54ad8aa7
@@ -53,7 +53,7 @@ def full_name(
     "A data set's name, checked."
     if dataset.startswith("phantom:"): parse_phantom(dataset)
     elif dataset == "folder:": raise HistoDiffusionError("There is no path after 'folder:': give folder:PATH.")
-    elif dataset.startswith("folder:"): return f"folder:{Path(dataset[7:]).expanduser().resolve()}"
+    elif dataset.startswith("folder:"): return f"folder:{as_path(dataset[7:])}"
     elif dataset not in REGISTRY:
         raise HistoDiffusionError(f"Unknown data set '{dataset}': use phantom:LABORATORY, folder:PATH or one of "
                                   f"{', '.join(REGISTRY)}.")
@@ -80,8 +80,8 @@ def prior_sets(run:Run) -> tuple: # names
 # %% ../../nbs/library/study/04_run.ipynb #7589dffa
 def _check_run(run):
     "Refuse a run that cannot be made, or that would pre-train on the target's own images."
-    if type(run.seed) is not int or run.seed < 0:
-        raise HistoDiffusionError(f"seed is {run.seed!r}: give a whole number of 0 or more.")
+    if type(run.seed) is not int or not 0 <= run.seed <= MOST:
+        raise HistoDiffusionError(f"seed is {str(run.seed)[:30]}: give a whole number from 0 to {MOST}.")
     if run.settings.prior: _check_prior(run)
     target, sets = run.target, (*run.sets, *prior_sets(run))  # an unknown name is refused
     for name in () if run.allow_leakage else sets:
