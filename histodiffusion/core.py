@@ -6,8 +6,8 @@
 __all__ = ['TEXT_COLUMNS', 'HistoDiffusionError', 'Settings', 'as_path', 'load_settings', 'hash_object', 'hash_file',
            'file_facts', 'check_files', 'derive_seed', 'keep_freed_memory', 'get_device', 'inference_batch_size',
            'machine', 'peak_memory', 'atomic_path', 'write_text', 'write_json', 'read_json', 'save_tensors',
-           'load_tensors', 'load_array', 'progress', 'picture_html', 'card_html', 'markdown_text', 'write_csv',
-           'read_table', 'write_table', 'best_precision']
+           'load_tensors', 'load_array', 'loading', 'progress', 'picture_html', 'card_html', 'markdown_text',
+           'write_csv', 'read_table', 'write_table', 'best_precision']
 
 # %% ../nbs/library/00_core.ipynb #73e76151
 import base64, configparser, contextlib, ctypes, functools, hashlib, html, importlib.metadata, io, json, os, platform
@@ -247,6 +247,19 @@ def load_array(
     try: return np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as e:
         raise HistoDiffusionError(f"{path} cannot be read ({e}): delete it and run its stage again.") from e
+
+# %% ../nbs/library/00_core.ipynb #92fd9173
+@contextlib.contextmanager
+def loading(
+    folder, # of a network
+):
+    "Name the folder of a network that cannot be loaded; libraries raise many kinds of errors on broken files."
+    try: yield
+    except HistoDiffusionError: raise
+    except Exception as e:
+        why = " ".join(str(e).split())[:200] or type(e).__name__
+        raise HistoDiffusionError(f"The network in {folder} cannot be loaded ({why}): delete its stage's folder and "
+                                  "run the stage again.") from e
 
 # %% ../nbs/library/00_core.ipynb #a08833e4
 class _Lines:

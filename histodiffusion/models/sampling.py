@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import HistoDiffusionError, derive_seed, get_device, inference_batch_size, progress
+from ..core import HistoDiffusionError, derive_seed, get_device, inference_batch_size, loading, progress
 from .training import mixed_precision
 from .autoencoder import decode_latents
 from .diffusion import noise_schedule
@@ -302,7 +302,8 @@ def load_pipeline(
     folder = Path(folder)
     if not (folder/"model_index.json").exists():
         raise HistoDiffusionError(f"{folder} contains no saved pipeline: run its stage first.")
-    classifier = LatentClassifier.from_pretrained(folder/"classifier") if (folder/"classifier").exists() else None
-    unet = UNet2DModel.from_pretrained(folder/"unet").float()
-    if (condition := folder/"condition.safetensors").exists(): attach(unet, Condition.load(condition))
-    return AutoencoderDC.from_pretrained(folder/"vqvae").float(), unet, classifier
+    with loading(folder):
+        classifier = LatentClassifier.from_pretrained(folder/"classifier") if (folder/"classifier").exists() else None
+        unet = UNet2DModel.from_pretrained(folder/"unet").float()
+        if (condition := folder/"condition.safetensors").exists(): attach(unet, Condition.load(condition))
+        return AutoencoderDC.from_pretrained(folder/"vqvae").float(), unet, classifier

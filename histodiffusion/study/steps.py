@@ -24,10 +24,11 @@ import torch
 from fastcore.basics import patch
 
 from ..core import (
-    HistoDiffusionError, card_html, derive_seed, get_device, load_array, load_tensors, read_json, read_table,
+    HistoDiffusionError, card_html, derive_seed, get_device, load_array, load_tensors, loading, read_json, read_table,
     save_tensors, write_json, write_table)
 from ..data.leakage import held_back, leakage, target_splits
-from ..data.patches import PatchSet, check_target, labelled_fraction, load_patches, unreadable_images
+from ..data.patches import (
+    PatchSet, check_target, dataset_classes, labelled_fraction, load_patches, unreadable_images)
 from ..data.pool import unlabelled_pool
 from ..data.stain import normalise_stain
 from ..data.symmetries import d4_images
@@ -53,7 +54,7 @@ from ..models.sampling import SamplingConfig, load_pipeline, save_pipeline, synt
 from ..models.training import Fit, FitConfig
 from .artefacts import stage
 from .prior import is_published, prior_model
-from .run import Run
+from .run import Run, check_names
 
 # %% ../../nbs/library/study/06_steps.ipynb #5a4491a4
 def _skipped(run):
@@ -90,6 +91,7 @@ def pretraining_data(run:Run, folder:Path):
 @stage("target_data")
 def target_data(run:Run, folder:Path):
     "Read the labelled set once, with its splits."
+    check_names(dataset_classes(run.target))
     patches = load_patches(run.target, run.settings.image_size, run.channels, run.skip_corrupt)
     groups, splits = target_splits(run.target, patches.keys, patches.labels, patches.groups, run.settings.image_size)
     check_target(patches.labels, patches.keys, patches.classes, splits, 1., (0,))  # before anything is trained
@@ -179,7 +181,7 @@ def load_autoencoder(run:Run): # AutoencoderDC
     "The trained first stage of a run."
     from diffusers import AutoencoderDC
     if run.settings.prior: return _prior_networks(run)[0]
-    return AutoencoderDC.from_pretrained(run.read("autoencoder")/"model")
+    with loading(folder := run.read("autoencoder")/"model"): return AutoencoderDC.from_pretrained(folder)
 
 # %% ../../nbs/library/study/06_steps.ipynb #a899af85
 def _latents_of_pool(run, vae, folder, steps):
