@@ -292,10 +292,11 @@ def read(self:Run,
     if not record.is_file():
         raise HistoDiffusionError(f"Stage '{stage}' has not been made in {folder}: run 'histodiffusion "
                                   f"{STAGES[stage].command}' with the options of this run first.")
-    published = is_published(self.settings, stage)
     waste = f"the folder {folder}" if STAGES[stage].folder == "artefacts" else record
-    check_files(folder, read_json(record).get("files", {}), f"get the folder {folder} anew" if published else
-                f"delete {waste} and give the same command again, which makes stage '{stage}' anew")
+    remedy = (f"get the folder {folder} anew" if is_published(self.settings, stage) else
+              f"delete {waste}, then run 'histodiffusion {STAGES[stage].command}' or 'histodiffusion reproduce' with "
+              f"the options of this run, which makes stage '{stage}' anew")
+    check_files(folder, read_json(record).get("files", {}), remedy)
     return folder
 
 # %% ../../nbs/library/study/04_run.ipynb #cf77bf36
