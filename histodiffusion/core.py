@@ -32,12 +32,13 @@ class Settings:
     data_mirror: Path | None # folder that serves data sets by name, offline
     results_path: Path # tables, metrics, provenance, artefacts
     figures_path: Path # figures
+    max_megapixels: float # the largest image that is read, million pixels
     profile: str # preset of scale
     tracker: str # accelerate's name of an experiment tracker, or 'none'
 
 # %% ../nbs/library/00_core.ipynb #1e479c59
 _DEFAULTS = dict(data_home="data", data_mirror="", results_path="results", figures_path="figures",
-                 profile="smoke", tracker="none")
+                 max_megapixels="50", profile="smoke", tracker="none")
 
 @functools.lru_cache
 def _read_ini(path, changed):
@@ -58,7 +59,10 @@ def load_settings(
     value = {k: os.environ.get(f"HISTODIFFUSION_{k.upper()}", ini[k]).strip() for k in _DEFAULTS}
     for k in ("data_home", "data_mirror", "results_path", "figures_path"):
         value[k] = (root/Path(value[k]).expanduser()).resolve() if value[k] else None
-    return Settings(root, **value)
+    try: value["max_megapixels"] = float(value["max_megapixels"])
+    except ValueError: value["max_megapixels"] = 0.
+    if value["max_megapixels"] > 0: return Settings(root, **value)
+    raise HistoDiffusionError("max_megapixels of the settings is no number above 0: give millions of pixels, such as 50.")
 
 # %% ../nbs/library/00_core.ipynb #115647fd
 def hash_object(

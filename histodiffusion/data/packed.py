@@ -96,6 +96,8 @@ class PackedImages:
     names: list # (N,) name of each image within its set
     keys: list # (N,) content keys
     groups: list # (N,) slide or patient, '' where unknown
+    splits: list # (N,) 'train', 'validation' or 'test' where the set says it, else ''
+    corrupt: list # (name, reason) of each image that could not be read and is left out
 
     def __len__(self): return len(self.starts)
 
@@ -111,7 +113,7 @@ class PackedImages:
         return self.pixels.reshape(len(self), *self.shapes[0].tolist())
 
 # %% ../../nbs/library/data/04_packed.ipynb #b71152b5
-FORMAT = 1  # raised when the meaning of the files changes
+FORMAT = 2  # raised when the meaning of the files changes
 
 def open_packed(
     folder, # what `pack_images` wrote
@@ -123,7 +125,8 @@ def open_packed(
         raise HistoDiffusionError(f"{folder} is not a complete packed set: delete it, and it is packed again.")
     arrays = {k: v.numpy() for k, v in load_tensors(Path(folder)/"index.safetensors").items()}
     return PackedImages(np.memmap(pixels, np.uint8, "r"), arrays["starts"], arrays["shapes"], arrays["labels"],
-                        tuple(about["classes"]), about["names"], about["keys"], about["groups"])
+                        tuple(about["classes"]), about["names"], about["keys"], about["groups"],
+                        about["splits"], about["corrupt"])
 
 # %% ../../nbs/library/data/04_packed.ipynb #3a66ae51
 def _as_pixels(image):
@@ -151,39 +154,43 @@ def pack_images(
     labels:np.ndarray|None=None, # (N,) labels in 0..K-1; None: unlabelled
     classes:tuple=(), # K class names
     groups:list|None=None, # (N,) slide or patient, '' where unknown
-    skip_corrupt:bool=False, # report corrupt images and leave them out, instead of stopping
+    splits:list|None=None, # (N,) split of each image, '' where not given
+    skip_corrupt:bool=False, # leave corrupt images out and list them, instead of stopping
     desc:str="packing", # for the progress bar
 ) -> PackedImages:
     "Decode images once, into one file that is mapped into memory."
     items = list(items)
     with atomic_path(folder) as new:
         new.mkdir()
-        kept, size = _write_pixels(items, new/"pixels.u8", read, skip_corrupt, desc)
-        if not kept: raise HistoDiffusionError(f"None of {len(items)} images can be read: check the data set.")
+        kept, size, bad = _write_pixels(items, new/"pixels.u8", read, skip_corrupt, desc)
+        if not kept:
+            raise HistoDiffusionError(f"None of {len(items)} images can be read (the first: {bad[0][1]})"
+                                      if bad else "There is no image to pack: check the data set.")
         chosen, keys, shapes, starts = zip(*kept)
         pick = lambda values, default: [default if values is None else values[i] for i in chosen]
         arrays = dict(starts=starts, shapes=shapes, labels=pick(labels, -1))
         save_tensors(new/"index.safetensors", {k: np.array(v, np.int64) for k, v in arrays.items()})
         write_json(new/"index.json", dict(
             format=FORMAT, bytes=size, names=[str(i) for i in chosen] if names is None else pick(names, ""),
-            keys=keys, classes=list(classes), groups=pick(groups, "")))
+            keys=keys, classes=list(classes), groups=pick(groups, ""),
+            splits=pick(splits, ""), corrupt=[(str(i) if names is None else names[i], why) for i, why in bad]))
     return open_packed(folder)
 
 # %% ../../nbs/library/data/04_packed.ipynb #2219d9d3
 def _write_pixels(items, path, read, skip_corrupt, desc):
-    "Write the pixels of all readable images; gives (index, key, shape, start) of each, and the bytes in all."
-    kept = []
+    "Write the pixels of all readable images: (index, key, shape, start) of each, all bytes, (index, reason) of others."
+    kept, bad = [], []
     with open(path, "wb") as f:
         for i, item in enumerate(progress(items, desc=desc, unit="image")):
             try: image = _as_pixels(read(item))
             except HistoDiffusionError as e:
                 if not skip_corrupt: raise
-                print(f"skipped: {e}")
+                bad.append((i, str(e)))
                 continue
             if not kept: _check_disk(path.parent, image.nbytes*len(items))
             kept.append((i, content_key(image), image.shape, f.tell()))
             f.write(image.data)
-        return kept, f.tell()
+        return kept, f.tell(), bad
 
 # %% ../../nbs/library/data/04_packed.ipynb #be1e8977
 def images_to_tensor(
