@@ -62,7 +62,7 @@ def load_settings(
     try: value["max_megapixels"] = float(value["max_megapixels"])
     except ValueError: value["max_megapixels"] = 0.
     if value["max_megapixels"] > 0: return Settings(root, **value)
-    raise HistoDiffusionError("max_megapixels of the settings is no number above 0: give millions of pixels, such as 50.")
+    raise HistoDiffusionError("The setting max_megapixels is no number above 0: give millions of pixels, such as 50.")
 
 # %% ../nbs/library/00_core.ipynb #115647fd
 def hash_object(

@@ -29,12 +29,12 @@ from histodiffusion.data.archives import UnfinishedError, unpack_archive
 from histodiffusion.data.catalogue import REGISTRY, RemoteFile, group_of
 from histodiffusion.data.download import download_file, read_ledger
 from histodiffusion.data.fetch import describe_dataset, fetch_dataset, list_datasets, verify_dataset
+from histodiffusion.data.images import read_image
 from histodiffusion.data.packed import read_h5
 from histodiffusion.data.patches import (
     dataset_fingerprint,
     dataset_folder,
     load_patches,
-    read_image,
     read_patchcamelyon,
 )
 from histodiffusion.data.phantom import PHANTOM_CLASSES, phantom_patches

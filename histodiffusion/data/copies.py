@@ -85,8 +85,7 @@ def _load_scan(path, spec, code):
     kinds = dict.fromkeys(("file", "label", "key", "mode", "reason"), str)
     try:
         with np.load(path, allow_pickle=False) as z:
-            read = dict(keep_default_na=False, dtype=kinds, float_precision="round_trip")
-            tables = [pd.read_csv(io.StringIO(str(z[k])), **read)
+            tables = [pd.read_csv(io.StringIO(str(z[k])), keep_default_na=False, dtype=kinds)
                       for k in ("table", "corrupt")]
             return Scan(spec, tables[0], z["thumbs"], tables[1], code)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): return None
@@ -159,7 +158,7 @@ def _blocks(low_a, block):
                               for s in range(0, n, rows(len(low_b))))
     from sklearn.cluster import MiniBatchKMeans
     means = MiniBatchKMeans(int(n**.5), batch_size=4096, n_init=1, max_iter=10, random_state=0).fit(low_a)
-    members = np.split(np.argsort(means.labels_, kind="stable"), np.cumsum(np.bincount(means.labels_, minlength=int(n**.5)))[:-1])
+    members = [np.flatnonzero(means.labels_ == c) for c in range(int(n**.5))]
     centres = means.cluster_centers_/np.linalg.norm(means.cluster_centers_, axis=1, keepdims=True).clip(1e-3)
     def probe(low_b):
         near = np.argpartition(-(low_b @ centres.T), CELLS_PROBED, axis=1)[:, :CELLS_PROBED]
@@ -193,7 +192,8 @@ def _exact(a, b, same):
 def _near(a, b, same, coarse, detail):
     "Pairs that look the same, under the best symmetry of each."
     one_a, one_b = (np.flatnonzero(~s.table.key.duplicated()) for s in (a, b))
-    found = _alike(a.thumbs[one_a], b.thumbs[one_b], coarse, detail, f"comparing {a.spec} and {b.spec}")
+    desc = f"comparing {short_name(a.spec)} and {short_name(b.spec)}"
+    found = _alike(a.thumbs[one_a], b.thumbs[one_b], coarse, detail, desc)
     found["i"], found["j"] = one_a[found.i.astype(int)], one_b[found.j.astype(int)]
     keys_a, keys_b = a.table.key.to_numpy()[found.i], b.table.key.to_numpy()[found.j]
     found = found[(found.i < found.j) if same else keys_a != keys_b]

@@ -65,9 +65,10 @@ def _opened(path):
     try: mode = os.stat(path).st_mode
     except OSError as e:
         why = "is a link to a file that is not there" if os.path.islink(path) else f"cannot be read ({e.strerror})"
-        raise HistoDiffusionError(f"{path_text(path)} {why}") from e
+        raise HistoDiffusionError(f"{path_text(path)} {why}: remove it") from e
     if not stat.S_ISREG(mode):
-        raise HistoDiffusionError(f"{path_text(path)} is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}")
+        kind = "an empty folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise HistoDiffusionError(f"{path_text(path)} is {kind}: remove it")
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours, below, is stricter
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as im:
@@ -79,8 +80,8 @@ def _check_pixels(path, size):
     "Refuse an image that needs too much memory."
     millions, most = size[0]*size[1]/1e6, load_settings().max_megapixels
     if millions <= most: return
-    raise HistoDiffusionError(f"{path_text(path)} is too large ({size[0]} × {size[1]} px; the limit is {most:g} million "
-                              "pixels): cut it with 'histodiffusion tile', or set HISTODIFFUSION_MAX_MEGAPIXELS="
+    raise HistoDiffusionError(f"{path_text(path)} is too large ({size[0]} × {size[1]} px; the limit is {most:g} million"
+                              " pixels): cut it with 'histodiffusion tile', or set HISTODIFFUSION_MAX_MEGAPIXELS="
                               f"{int(millions) + 1}")
 
 # %% ../../nbs/library/data/05_images.ipynb #39ed8de5
@@ -125,6 +126,10 @@ def _as_8_bits(im, path):
     if im.has_transparency_data:
         im = im.convert("RGBA")
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
+    tags = getattr(im, "tag_v2", {})
+    if tags.get(284, 1) == 2 and max(np.ravel(tags.get(258, 8))) > 8:  # PlanarConfiguration: Pillow reads it wrongly
+        raise HistoDiffusionError(f"{path_text(path)} stores more than 8 bits per colour, plane by plane: save it with 8 "
+                                  "bits, or pixel by pixel")
     if im.mode not in ("1", "L", "P", "RGB", "RGBX", "RGBA", "CMYK", "YCbCr"):
         raise HistoDiffusionError(f"{path_text(path)} has the mode {im.mode}: save it as greyscale or RGB")
     return im.convert("RGB").convert("L") if grey and im.mode != "L" else im if im.mode == "L" else im.convert("RGB")
@@ -138,8 +143,8 @@ def read_image(
         with _opened(path) as im: return _as_8_bits(im, path).copy()
     except HistoDiffusionError as e: raise HistoDiffusionError(f"{e}, {remedy}") from e
     except Image.UnidentifiedImageError as e:
-        raise HistoDiffusionError(f"{path_text(path)} is corrupt or no {', '.join(FORMATS)} image: repair or remove it, "
-                                  f"{remedy}") from e
+        raise HistoDiffusionError(f"{path_text(path)} is corrupt or no {', '.join(FORMATS)} image: repair or remove it,"
+                                  f" {remedy}") from e
     except Exception as e:  # decoders raise many kinds of errors on broken images
         why = " ".join(str(e).split()) or type(e).__name__
         raise HistoDiffusionError(f"{path_text(path)} is corrupt ({why}): repair or remove it, {remedy}") from e

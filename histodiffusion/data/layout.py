@@ -51,7 +51,7 @@ def _from_folders(names):
 COLUMNS = dict(
     file=("file", "filename", "filepath", "path", "image", "imagename", "imagepath", "imagefile", "imageid", "img",
           "patch", "patchname", "patchpath", "patchid", "tile", "tilename", "name", "id"),
-    label=("label", "class", "classname", "category", "target", "diagnosis", "tissue type", "tissuetype", "labelname"),
+    label=("label", "class", "classname", "category", "target", "diagnosis", "tissuetype", "labelname"),
     patient=("patient", "patientid", "patientname", "case", "caseid", "subject", "subjectid", "donor", "donorid"),
     slide=("slide", "slideid", "slidename", "wsi", "wsiid", "wsiname"),
     split=("split", "subset", "partition", "set"))

@@ -82,7 +82,8 @@ def dataset_folder(
     if spec.startswith("npz:"): return _npz_path(spec).parent
     if spec.startswith("folder:"):
         folder, table = (p and p.resolve() for p in folder_and_table(spec))
-        if not folder.is_dir(): raise HistoDiffusionError(f"There is no folder {folder}: check the path after 'folder:'.")
+        if not folder.is_dir():
+            raise HistoDiffusionError(f"There is no folder {folder}: check the path after 'folder:'.")
         if table is None or table.is_file(): return folder
         raise HistoDiffusionError(f"There is no file {table}: check the path of the table of labels.")
     info, folder = dataset_info(spec), _here(spec)
@@ -365,7 +366,7 @@ def _given_splits(keys, groups, labels, given):
     given = np.where(given == "", "train", given)
     found = {name: np.flatnonzero(given == name) for name in SPLITS}
     if not len(found["train"]) or not len(found["test"]):
-        raise HistoDiffusionError("The set has splits of its own, but no training or no test patches: name both, or none.")
+        raise HistoDiffusionError("The set names splits of its own, but no training or no test patches: name both.")
     if len(found["validation"]): return found
     i = found["train"]
     part = lambda x: None if x is None else [x[j] for j in i]

@@ -93,7 +93,8 @@ def default_pretraining(
     target:str, # name of the labelled set
 ) -> tuple: # names of pre-training sets
     "The unlabelled sets for a target; without a mirror a folder of yours gets phantoms."
-    if target.startswith("phantom:") or (target.startswith(("folder:", "npz:")) and load_settings().data_mirror is None):
+    own_files = target.startswith(("folder:", "npz:"))
+    if target.startswith("phantom:") or own_files and load_settings().data_mirror is None:
         own = parse_phantom(target)[0] if target.startswith("phantom:") else None
         return tuple(f"phantom:{lab}:450" for lab in LABORATORIES if lab not in (own, "target"))
     source = REGISTRY[target].source if target in REGISTRY else None

@@ -92,7 +92,8 @@ def target_data(run:Run, folder:Path):
     "Read the labelled set once, with its splits."
     patches = load_patches(run.target, run.settings.image_size, run.channels, run.skip_corrupt)
     np.save(folder/"patches.npy", _stained(run, patches.images))
-    groups, splits = target_splits(run.target, patches.keys, patches.labels, patches.groups, run.settings.image_size)
+    groups, splits = target_splits(run.target, patches.keys, patches.labels, patches.groups, run.settings.image_size,
+                                   patches.splits)
     splits = {k: v.tolist() for k, v in splits.items()}
     write_json(folder/"manifest.json", dict(name=patches.name, classes=patches.classes, counts=patches.counts(),
                                             labels=patches.labels.tolist(), keys=patches.keys, groups=groups,
