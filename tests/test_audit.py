@@ -153,6 +153,19 @@ def test_what_a_set_holds(target):
     assert "<table" in audit_set(f"folder:{target}")._repr_html_()
 
 
+def test_index_of_large_sets_finds_what_the_full_comparison_finds(monkeypatch):
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(im) for im in phantom_patches(np.arange(900) % 9, seed=6, size=48)]
+    copies = [im.transpose(Image.Transpose(k % 7)).convert("RGB", (1.1, 0, 0, 4, 0, 1, 0, 0, 0, 0, 0.9, 8))
+              for k, im in enumerate(images[::6])]  # fmt: skip
+    thumbs = np.stack([audit.thumbnail(im) for im in images + copies])[rng.permutation(1050)]
+    pairs = lambda: {tuple(r) for r in audit._alike(thumbs, thumbs, 0.7, 0.7, "")[["i", "j"]].astype(int).values}  # noqa: E731
+    full = pairs()
+    monkeypatch.setattr(audit, "INDEX_FROM", 100)
+    indexed = pairs()
+    assert indexed <= full and len(full) > 1050 + 200 and len(indexed) >= 0.99 * len(full)
+
+
 def test_changed_folder_is_read_anew_and_another_of_equal_names_too(tmp_path, target, tissue):
     spec = f"folder:{target}"
     assert found(spec) == {}

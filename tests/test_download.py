@@ -1,6 +1,7 @@
 """Downloading, unpacking and fetching data sets, against a server on this machine that misbehaves on request."""
 
 import gzip
+import contextlib
 import hashlib
 import http.server
 import io
@@ -98,7 +99,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not fault.get("no_length"):
             self.send_header("Content-Length", str(len(data) - start + fault.get("lie", 0)))
         self.end_headers()
-        self.wfile.write(data[start:][: fault.get("drop")])
+        if "drip" in fault:  # a byte at a time
+            with contextlib.suppress(OSError):
+                for byte in data[start:]:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(fault["drip"])
+        else:
+            self.wfile.write(data[start:][: fault.get("drop")])
 
 
 @pytest.fixture
@@ -259,6 +266,16 @@ def test_a_wrong_answer_is_one_error_and_leaves_nothing(site, tmp_path, monkeypa
     text = said(lambda: download_file(site.url("a.zip"), tmp_path / "d" / "a.zip", checksum, size))
     assert message in text and site.url("a.zip") in text
     assert names(tmp_path / "d") == []
+
+
+def test_a_server_that_drips_is_given_up_and_the_part_is_kept(site, tmp_path, monkeypatch, in_time):
+    file = site.put("a.zip", BODY)
+    site.faults = [{"drip": 0.02}] * 5
+    monkeypatch.setattr(download._Download, "timeout", 0.3)
+    text = said(lambda: download_file(file.url, tmp_path / "a.zip", file.checksum))
+    assert "less than 1000 bytes a second" in text and "to continue from there" in text
+    assert 0 < (tmp_path / ".a.zip.part").stat().st_size < 1000
+    assert download_file(file.url, tmp_path / "a.zip", file.checksum).read_bytes() == BODY
 
 
 def test_a_busy_server_is_asked_again(site, tmp_path):

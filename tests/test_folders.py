@@ -261,7 +261,7 @@ def test_labels_and_splits_of_a_table(home, write, capsys):
     assert main([*command, "--labels", "labels.csv"]) == 0
     out = capsys.readouterr().out
     assert "splits as the set gives them; 5 patients group 30 patches" in out
-    assert [int(n) for n in out.split("\nall")[1].split()[:3]] == [16, 8, 6]
+    assert [int(n) for n in out.split("\nall")[1].split()[:3]] == [18, 6, 6]
     assert main(["data", "--labels", "labels.csv"]) == 2 and "give --dataset folder:PATH" in capsys.readouterr().err
 
 

@@ -128,8 +128,8 @@ def _as_8_bits(im, path):
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     tags = getattr(im, "tag_v2", {})
     if tags.get(284, 1) == 2 and max(np.ravel(tags.get(258, 8))) > 8:  # PlanarConfiguration: Pillow reads it wrongly
-        raise HistoDiffusionError(f"{path_text(path)} stores more than 8 bits per colour, plane by plane: save it with 8 "
-                                  "bits, or pixel by pixel")
+        raise HistoDiffusionError(f"{path_text(path)} stores more than 8 bits per colour, plane by plane: save it with "
+                                  "8 bits, or pixel by pixel")
     if im.mode not in ("1", "L", "P", "RGB", "RGBX", "RGBA", "CMYK", "YCbCr"):
         raise HistoDiffusionError(f"{path_text(path)} has the mode {im.mode}: save it as greyscale or RGB")
     return im.convert("RGB").convert("L") if grey and im.mode != "L" else im if im.mode == "L" else im.convert("RGB")
