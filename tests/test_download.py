@@ -1,7 +1,7 @@
 """Downloading, unpacking and fetching data sets, against a server on this machine that misbehaves on request."""
 
-import gzip
 import contextlib
+import gzip
 import hashlib
 import http.server
 import io

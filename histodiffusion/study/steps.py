@@ -50,7 +50,7 @@ from ..models.ensemble import Ensemble, train_ensemble
 from ..models.guidance import ClassifierGuidance
 from ..models.latent_classifier import LabelledLatents, noise_report, train_classifier
 from ..models.sampling import SamplingConfig, load_pipeline, save_pipeline, synthesize_patches
-from ..models.training import Fit, FitConfig
+from ..models.training import Fit, FitConfig, load_network
 from .artefacts import stage
 from .prior import is_published, published_prior
 from .run import Run
@@ -179,7 +179,7 @@ def load_autoencoder(run:Run): # AutoencoderDC
     "The trained first stage of a run."
     from diffusers import AutoencoderDC
     if run.settings.prior: return _prior_networks(run)[0]
-    return AutoencoderDC.from_pretrained(run.folder("autoencoder")/"model")
+    return load_network(AutoencoderDC, run.folder("autoencoder")/"model")
 
 # %% ../../nbs/library/study/06_steps.ipynb #a899af85
 def _latents_of_pool(run, vae, folder, steps):
