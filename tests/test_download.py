@@ -21,6 +21,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from fuzz_readers import mutate
 from PIL import Image
 
 from histodiffusion.app.cli import main
@@ -766,25 +767,6 @@ def test_cli_lists_describes_fetches_and_verifies(site, monkeypatch, capsys, hom
 
 
 # ---- broken input of every kind ----
-
-
-def mutate(data: bytes, rng: random.Random) -> bytes:
-    "Flip, replace, cut, insert, blank or truncate some bytes."
-    data = bytearray(data)
-    for _ in range(rng.choice([1, 1, 2, 5, 20])):
-        i, n, kind = rng.randrange(len(data) + 1), rng.choice([1, 2, 4, 16, 200]), rng.randrange(6)
-        if kind == 0 and i < len(data):
-            data[i] ^= 1 << rng.randrange(8)
-        elif kind < 3:
-            data[i : i + n] = rng.randbytes(n) if kind == 1 else b""
-        elif kind == 3:
-            data[i:i] = rng.choice([rng.randbytes(n), bytes(n), b"\xff" * n, b"../" * n])
-        elif kind == 4:
-            data[i : i + n] = rng.choice([b"\0", b"\xff"]) * n
-        elif rng.random() < 0.3:
-            del data[i:]
-        data = data or bytearray(b"x")
-    return bytes(data)
 
 
 def survive(call):
