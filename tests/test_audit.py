@@ -254,7 +254,7 @@ def test_stage_asks_before_the_pool_is_cut_and_the_command_line_says_it(tmp_path
     assert not list(results.rglob("pool.npy")) and len(list(results.rglob("leakage.csv"))) == 1
 
 
-def test_pool_made_for_one_target_is_still_checked_for_the_next(tmp_path, target, tissue):
+def test_pool_made_for_one_target_is_still_checked_for_the_next(tmp_path, target, tissue, capsys):
     from histodiffusion.study.steps import autoencoder, pretraining_data
 
     other = archive(tmp_path, {str(i): im for i, im in enumerate(tissue)})
@@ -264,6 +264,12 @@ def test_pool_made_for_one_target_is_still_checked_for_the_next(tmp_path, target
     assert run.done("pretraining_data")
     with pytest.raises(HistoDiffusionError, match="--allow-leakage"):
         autoencoder(run)
+    words = ["--dataset", f"folder:{target}", "--pretrain-sets", other]
+    words += ["--image-size", "32", "--pretrain-patches", "20"]
+    for command in ("data", "pretrain", "reproduce"):
+        assert main([command, "--profile", "smoke", "--label-fraction", "1", *words]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "leave these images out with --skip-leaks" in err, command
 
 
 def test_same_source_passes_when_allowed():

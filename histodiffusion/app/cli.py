@@ -86,8 +86,8 @@ class Reproduce(StageCommand):
     def __call__(self):
         from histodiffusion.app.reproduce import reproduce
 
-        if self.cores < 0:
-            raise HistoDiffusionError(f"--cores is {self.cores}: give a whole number of 0 or more.")
+        if not 0 <= self.cores <= 4096:
+            raise HistoDiffusionError(f"--cores is {str(self.cores)[:30]}: give a whole number from 0 to 4096.")
         return reproduce(self.make(), self.cores or None, self.dry_run, self.force)
 
 
@@ -210,13 +210,14 @@ def explain(command: str) -> str:
 def make_stages(run, command: str, force: bool) -> None:
     "Make the stages of a command, and those that they need."
     from histodiffusion.app.reproduce import duration, plan
-    from histodiffusion.study.artefacts import make_stage, remove_stage
+    from histodiffusion.study.artefacts import check_leakage, make_stage, remove_stage
     from histodiffusion.study.checks import check_run
     from histodiffusion.study.run import Run
 
     names = stages_of(command)
     for warning in check_run(run):
         print(f"warning: {warning}", flush=True)
+    check_leakage(run)
     for name in names if force else ():
         for seed in run.settings.seeds if STAGES[name].per_seed else (run.seed,):
             remove_stage(run.with_seed(seed), name)
@@ -227,7 +228,7 @@ def make_stages(run, command: str, force: bool) -> None:
             print(title, flush=True)
             make_stage(this, job.stage)
         seconds = duration(read_json(this.record(job.stage))["seconds"])
-        print(f"{title}: {'done before' if job.done else 'done'} in {seconds}\n    {this.folder(job.stage)}")
+        print(f"{title}: {'done before' if job.done else 'done'} in {seconds}\n    {this.read(job.stage)}")
 
 
 def parse(argv: list[str]):

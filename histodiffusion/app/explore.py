@@ -6,6 +6,7 @@
 __all__ = ['Drawn', 'drawn_html', 'Explorer', 'load_explorer', 'explore']
 
 # %% ../../nbs/library/app/03_explore.ipynb #69cf9b76
+import html
 from dataclasses import dataclass
 
 import ipywidgets as widgets
@@ -52,7 +53,7 @@ def drawn_html(
             cells.append(f"{picture_html(image, 96, look)}<br>{p:.2f} {'kept' if keep else 'rejected'}<br>"
                          f"{picture_html(near)}<br>{d:.2f}")
     row = "".join(f"<td style='text-align:center;padding:4px'>{c}</td>" for c in cells)
-    return f"<div><b>{drawn.target}</b>, {text}<table><tr>{row}</tr></table></div>"
+    return f"<div><b>{html.escape(drawn.target)}</b>, {text}<table><tr>{row}</tr></table></div>"
 
 # %% ../../nbs/library/app/03_explore.ipynb #18ad56ca
 class Explorer:
@@ -96,7 +97,7 @@ def load_explorer(
     run:Run, # its stages adapt and teacher must be made
 ) -> Explorer:
     "The explorer of a run."
-    return Explorer(*load_pipeline(run.folder("adapt")/"model"), read_labelled(run), load_teacher(run))
+    return Explorer(*load_pipeline(run.read("adapt")/"model"), read_labelled(run), load_teacher(run))
 
 def _controls(classes):
     "A widget for each setting of sampling."
@@ -120,7 +121,7 @@ def explore(
     def draw(_=None):
         def watch(d): picture.value = drawn_html(d)
         try: state["drawn"] = explorer.draw(n=n, watch=watch, **{k: v.value for k, v in controls.items()})
-        except Exception as e: picture.value = f"<b>{type(e).__name__}</b>: {e}"
+        except Exception as e: picture.value = f"<b>{type(e).__name__}</b>: {html.escape(str(e))}"
         else: select()
     for control in controls.values(): control.observe(draw, "value")
     threshold.observe(select, "value")

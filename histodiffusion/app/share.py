@@ -16,8 +16,8 @@ from PIL import Image
 from fastcore.basics import patch
 
 from ..core import (
-    HistoDiffusionError, atomic_path, card_html, hash_file, load_settings, load_tensors, progress, read_json,
-    save_tensors, write_json, write_text)
+    HistoDiffusionError, as_path, atomic_path, card_html, check_files, file_facts, hash_file, load_settings,
+    load_tensors, markdown_text, progress, read_json, read_table, save_tensors, write_csv, write_json, write_text)
 from ..data.catalogue import REGISTRY, may_show
 from ..data.patches import short_name
 from ..models.diffusion import noise_schedule
@@ -25,7 +25,7 @@ from ..models.guidance import ClassifierGuidance
 from ..models.latent_classifier import LatentClassifier
 from ..models.sampling import SamplingConfig, load_pipeline, save_pipeline, synthesize_patches
 from ..study.artefacts import command_of, made_with
-from ..study.prior import published_prior
+from ..study.prior import prior_model, published_prior
 from ..study.run import Run, prior_sets, slug
 from ..study.stages import PRIOR_STAGES
 from ..study.steps import Candidates, read_labelled, read_synthetic
@@ -41,12 +41,13 @@ def synthetic_metadata(
         raise HistoDiffusionError("This run has no synthetic patches yet: give the options that it was made with, or "
                                   f"make it with '{command_of(run, 'select')}'.")
     s, classes, settings = read_synthetic(run, adaptation), read_labelled(run).classes, run.settings
-    chosen = read_json(run.folder("select")/"chosen.json")["chosen"]
+    chosen = read_json(run.read("select")/"chosen.json")["chosen"]
     kept = set().union(*chosen.get(adaptation, chosen["guidance_only"])["selected"].values())  # at any ratio
-    weights = run.folder("diffusion" if adaptation == "guidance_only" else "adapt")/"model/unet"
+    weights = run.read("diffusion" if adaptation == "guidance_only" else "adapt")/"model/unet"
     names = [classes[k] for k in s["labels"]]
     return pd.DataFrame(dict(
         file_name=[f"images/{c}/{run.seed}-{i:05d}.png" for i, c in enumerate(names)], label=names,
+        class_index=s["labels"],
         selected=[i in kept for i in range(len(names))], confidence=s["confidence"].round(4), seed=run.seed,
         scheduler=settings.scheduler, steps=settings.sampler_steps, guidance_scale=settings.guidance_scale,
         adaptation=adaptation, model_sha256=hash_file(weights/"diffusion_pytorch_model.safetensors")))
@@ -66,12 +67,22 @@ def _render(kind, data, **values):
     return str(card.from_template(head(**data), template_str=template, **values)).strip() + "\n"
 
 # %% ../../nbs/library/app/01_share.ipynb #85cbce84
-def _dataset_card(run, rows):
+def _features(rows, classes):
+    "Names and types of the columns, as the `datasets` library reads them from a card: the label is an index."
+    types = dict(b="bool", f="float64", i="int64")
+    names = {str(i): name for i, name in enumerate(classes)}
+    kept = rows.drop(columns=["file_name", "label"]).dtypes
+    return [dict(name="image", dtype="image"), dict(name="label", dtype=dict(class_label=dict(names=names))),
+            *[dict(name=c, dtype=types.get(t.kind, "string")) for c, t in kept.items()]]
+
+def _dataset_card(run, rows, classes):
     "The README of exported patches."
     per_class, c = rows.groupby("label").agg(patches=("label", "size"), selected=("selected", "sum")), run.settings
+    per_class = per_class.reindex(list(classes), fill_value=0).rename(index=markdown_text)
     head = dict(pretty_name=f"Synthetic patches: {slug(run.target)}", license="other", tags=["histology", "synthetic"],
-                task_categories=["image-classification"])
-    return _render("dataset", head, name=slug(run.target), per_class=per_class.to_markdown(), licences=_licences(run),
+                task_categories=["image-classification"], dataset_info=dict(features=_features(rows, classes)))
+    licences = {markdown_text(s): licence for s, licence in _licences(run).items()}
+    return _render("dataset", head, name=slug(run.target), per_class=per_class.to_markdown(), licences=licences,
                    profile=run.profile, seed=run.seed, label_fraction=f"{c.label_fraction:.3g}", scheduler=c.scheduler,
                    steps=c.sampler_steps, guidance_scale=f"{c.guidance_scale:g}", commit=made_with()["commit"])
 
@@ -98,11 +109,10 @@ def croissant_metadata(
 
 def _croissant_fields(mlc, csv):
     "A field for each column of a table."
-    import pandas as pd
     types = dict(b=mlc.DataType.BOOL, f=mlc.DataType.FLOAT, i=mlc.DataType.INTEGER)
     source = lambda c: mlc.Source(file_object=csv.name, extract=mlc.Extract(column=c))
     return [mlc.Field(id=f"patches/{c}", name=c, description=c.replace("_", " "), source=source(c),
-                      data_types=types.get(t.kind, mlc.DataType.TEXT)) for c, t in pd.read_csv(csv).dtypes.items()]
+                      data_types=types.get(t.kind, mlc.DataType.TEXT)) for c, t in read_table(csv).dtypes.items()]
 
 # %% ../../nbs/library/app/01_share.ipynb #2e38e1b2
 def export_synthetic(
@@ -112,21 +122,24 @@ def export_synthetic(
     adaptation:str="finetuned", # or 'guidance_only'
 ) -> Path:
     "Write the synthetic patches of a run as a folder to share; it appears when it is complete."
-    folder = Path(folder).expanduser()
+    folder = as_path(folder)
     if folder.exists(): raise HistoDiffusionError(f"{folder} exists: name a new folder, or remove it first.")
     rows = synthetic_metadata(run, adaptation)
     if selected: rows = rows[rows.selected]
     if not len(rows): raise HistoDiffusionError("The selection kept no patch of this run: export all with --all.")
-    images = read_synthetic(run, adaptation)["images"]
+    images, classes = read_synthetic(run, adaptation)["images"], read_labelled(run).classes
     with atomic_path(folder) as new:
+        for c in classes: (new/"images"/c).mkdir(parents=True)
         for i, name in progress(list(rows.file_name.items()), desc="writing patches", unit="patch"):
-            (new/name).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(images[i].squeeze()).save(new/name)
-        rows.to_csv(new/"metadata.csv", index=False)
-        write_text(new/"README.md", _dataset_card(run, rows))
+        write_text(new/"classes.txt", "".join(f"{c}\n" for c in classes))
+        write_csv(rows, new/"metadata.csv")
+        write_text(new/"README.md", _dataset_card(run, rows, classes))
         text = f"{len(rows)} synthetic patches of {rows.label.nunique()} classes, generated by HistoDiffusion."
         licences = "; ".join(sorted(set(_licences(run).values())))
         write_json(new/"croissant.json", croissant_metadata(new, f"{slug(run.target)}-synthetic", text, licences))
+    if empty := [c for c in classes if c not in set(rows.label)]:
+        print(f"warning: no patch of {', '.join(empty)} is in {folder}; an empty folder keeps the order of the classes")
     return folder
 
 # %% ../../nbs/library/app/01_share.ipynb #a6bcf69a
@@ -145,10 +158,11 @@ def publish_prior(
     if folder.exists(): raise HistoDiffusionError(f"{folder} exists: give another name, or remove it first.")
     with atomic_path(folder) as new:
         for stage in PRIOR_STAGES:
-            keep = [p for f in ("provenance.json", "metrics.json") if (p := run.folder(stage)/f).exists()]
+            keep = [p for f in ("provenance.json", "metrics.json") if (p := run.read(stage)/f).exists()]
             (new/stage).mkdir(parents=True)
             for path in keep: shutil.copy(path, new/stage)
         _write_networks(run, name, new)
+        for stage in PRIOR_STAGES: _list_files(new/stage)
         write_text(new/"README.md", _model_card(run, name, new, measured or {}))
     return folder
 
@@ -157,16 +171,22 @@ def _write_networks(run, name, folder):
     "The networks of a run in half precision; of the classifier what it has besides the prior's own features."
     record = read_json(folder/"diffusion"/"provenance.json") | dict(channels=run.channels)
     write_json(folder/"diffusion"/"provenance.json", record)
-    vae, unet, _ = load_pipeline(run.folder("diffusion")/"model")
+    vae, unet, _ = load_pipeline(run.read("diffusion")/"model")
     for net in (vae, unet): net.register_to_config(_name_or_path=name)  # not the path on this machine
     save_pipeline(folder/"diffusion"/"model", vae.half(), unet.half(), schedule=noise_schedule(run.settings.prediction))
-    net, labelled = LatentClassifier.from_pretrained(run.folder("adapt")/"model"/"classifier"), read_labelled(run)
+    net, labelled = LatentClassifier.from_pretrained(run.read("adapt")/"model"/"classifier"), read_labelled(run)
     heads = {k: v.half() for k, v in net.state_dict().items() if not k.startswith("body.")}
     save_tensors(folder/"classifier.safetensors", heads)
     write_json(folder/"classifier.json", dict(
-        config={k: net.config[k] for k in ("n_classes", "noise_aware")}, classes=list(labelled.classes),
-        learnt_from=run.target, labels=len(labelled.labels),
-        validation_accuracy=read_json(run.folder("adapt")/"metrics.json")["validation_accuracy_by_noise"]))
+        files=file_facts(folder, ["classifier.safetensors"]),
+        config={k: net.config[k] for k in ("n_classes", "noise_aware")},
+        classes=list(labelled.classes), learnt_from=run.target, labels=len(labelled.labels),
+        validation_accuracy=read_json(run.read("adapt")/"metrics.json")["validation_accuracy_by_noise"]))
+
+def _list_files(folder):
+    "Write into the record of a stage which files of it are published."
+    record, names = folder/"provenance.json", [p.relative_to(folder).as_posix() for p in folder.rglob("*.*")]
+    write_json(record, read_json(record) | dict(files=file_facts(folder, sorted({*names} - {record.name}))))
 
 # %% ../../nbs/library/app/01_share.ipynb #5feb8db0
 def _model_card(run, name, folder, measured):
@@ -180,7 +200,7 @@ def _model_card(run, name, folder, measured):
     weights = sorted(folder.rglob("*.safetensors"))
     return _render(
         "model", dict(license="other", library_name="diffusers", tags=["histology"]), name=name, facts=facts | measured,
-        licences=_licences(run), counts=read_json(run.folder("pretraining_data")/"pool.json")["counts"],
+        licences=_licences(run), counts=read_json(run.read("pretraining_data")/"pool.json")["counts"],
         labels=heads["labels"], minutes=f"{record['seconds']/60:.0f}", cpu=record["machine"]["cpu"],
         steps=c.get("prior_steps") or c["diffusion_steps"], batch=c["diffusion_batch"],
         after=f" after those of `{run.settings.prior}`" if run.settings.prior else "", commit=record["commit"][:10],
@@ -194,8 +214,9 @@ class PublishedPrior:
         name:str, # folder in results/weights
     ):
         self.name, (self.folder, self.record) = name, published_prior(name)
-        self.autoencoder, self.unet, _ = load_pipeline(self.folder/"diffusion"/"model")
+        self.autoencoder, self.unet, _ = load_pipeline(prior_model(name))
         about = read_json(self.folder/"classifier.json")
+        check_files(self.folder, about.get("files", {}), f"get the folder {self.folder} anew")
         self.classes, config = tuple(about["classes"]), about["config"]
         self.classifier = LatentClassifier(self.unet, config["n_classes"], config["noise_aware"]).eval()
         heads = {k: v.float() for k, v in load_tensors(self.folder/"classifier.safetensors").items()}

@@ -108,7 +108,7 @@ def write_leaks(
     target:str, # name of the labelled set
 ) -> Path:
     "Replace the rows of one target in a file, and keep those of other targets."
-    old = pd.read_csv(path, dtype=object) if Path(path).exists() else leaks[:0]
+    old = pd.read_csv(path, dtype=object, keep_default_na=False) if Path(path).exists() else leaks[:0]
     parts = [p for p in (old[old.target != target], leaks) if len(p)]
     with atomic_path(path) as p: (pd.concat(parts) if parts else leaks[:0]).to_csv(p, index=False)
     return Path(path)

@@ -19,7 +19,7 @@ from PIL import Image
 from fastcore.basics import patch
 
 from ..core import (
-    HistoDiffusionError, card_html, derive_seed, hash_file, hash_object, load_settings, progress, read_json, write_json)
+    HistoDiffusionError, as_path, card_html, derive_seed, hash_file, hash_object, load_settings, progress, read_json, write_json)
 from .catalogue import REGISTRY, dataset_info, group_of
 from .images import IMAGE_SUFFIXES, find_images, image_kind, read_image
 from .layout import read_layout
@@ -46,17 +46,16 @@ def folder_and_table(
     spec:str, # 'folder:PATH' or 'folder:PATH,labels=FILE'
 ) -> tuple: # folder, and the table's path or None
     "The two parts of a folder's name; a relative table is in the folder, or else here."
-    folder, _, table = spec.removeprefix("folder:").partition(",labels=")
-    folder = Path(folder).expanduser()
-    if not table: return folder, None
-    table = Path(table).expanduser()
-    return folder, folder/table if (folder/table).is_file() else table
+    name, _, table = spec.removeprefix("folder:").partition(",labels=")
+    folder = as_path(name)
+    inside = as_path(table, folder) if table else None
+    return folder, inside if inside is None or inside.is_file() else as_path(table)
 
 def short_name(
     spec:str, # name of a set
 ) -> str: # a folder or file by its own name, without the path to it
     "A set's name for messages, cards and tables that may be shared."
-    if spec.startswith("folder:"): return f"folder:{folder_and_table(spec)[0].resolve().name}"
+    if spec.startswith("folder:"): return f"folder:{folder_and_table(spec)[0].name}"
     return f"npz:{Path(spec[4:]).name}" if spec.startswith("npz:") else spec
 
 # %% ../../nbs/library/data/05_patches.ipynb #704b39f4
@@ -81,7 +80,7 @@ def dataset_folder(
     "The folder of a set: your own, the mirror's, or the downloaded one."
     if spec.startswith("npz:"): return _npz_path(spec).parent
     if spec.startswith("folder:"):
-        folder, table = (p and p.resolve() for p in folder_and_table(spec))
+        folder, table = folder_and_table(spec)
         if not folder.is_dir():
             raise HistoDiffusionError(f"There is no folder {folder}: check the path after 'folder:'.")
         if table is None or table.is_file(): return folder
@@ -90,7 +89,7 @@ def dataset_folder(
     if folder is None: raise HistoDiffusionError(f"The data set '{spec}' is not here: {_how_to_get(info)}")
     return folder
 
-def _npz_path(spec): return Path(spec[4:]).expanduser().resolve()
+def _npz_path(spec): return as_path(spec[4:])
 
 # %% ../../nbs/library/data/05_patches.ipynb #6f913dd2
 def list_images(
@@ -156,7 +155,7 @@ def _files_of(spec):
         return folder, [_npz_path(spec)]
     if in_arrays(spec): return folder, sorted(folder.glob("*.h5"))
     table = folder_and_table(spec)[1] if spec.startswith("folder:") else None
-    table = table.resolve() if table else folder/"manifest.csv"
+    table = table or folder/"manifest.csv"
     return folder, find_images(folder)[0] + [table]*table.is_file()
 
 def _facts(spec):

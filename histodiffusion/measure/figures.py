@@ -26,13 +26,14 @@ from ..core import HistoDiffusionError, atomic_path
 DPI = 200 # pixels per inch of a saved PNG
 FULL_WIDTH, COLUMN_WIDTH = 7., 4.2 # inches
 _DASHED = dict(color=".3", lw=1, ls="--") # a line to compare with
+_AS_TEXT = {"text.parse_math": False, "text.usetex": False} # a class may be named `x$_$`
 
 @contextlib.contextmanager
 def figure_style():
     "The one style of all figures, for the length of a block or of a function."
     look = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "xtick.labelsize": 8,
             "ytick.labelsize": 8, "figure.dpi": 80, "figure.constrained_layout.use": True, "legend.frameon": False,
-            "axes.spines.top": False, "axes.spines.right": False, "grid.linewidth": .6}
+            "axes.spines.top": False, "axes.spines.right": False, "grid.linewidth": .6} | _AS_TEXT
     before = plt.get_fignums()
     with sns.axes_style("whitegrid"), sns.color_palette("colorblind"), plt.rc_context(look):
         try: yield
@@ -60,7 +61,7 @@ def save_figure(
 ) -> tuple: # paths of the SVG and of the PNG
     "Save a figure as SVG and PNG (200 dpi), each whole or not at all, with no date in it."
     base, paths = Path(path_without_suffix), []
-    with plt.rc_context({"svg.hashsalt": "histodiffusion"}):
+    with plt.rc_context({"svg.hashsalt": "histodiffusion"} | _AS_TEXT):
         for suffix, small in (("svg", _small_svg), ("png", _small_png)):
             paths.append(base.with_name(f"{base.name}.{suffix}"))
             with atomic_path(paths[-1]) as p:

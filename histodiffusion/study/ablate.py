@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import derive_seed, hash_object, progress, read_json, write_json, write_table
+from ..core import derive_seed, hash_object, progress, read_json, read_table, write_json, write_table
 from ..measure import figures
 from ..measure.figures import save_figure
 from ..measure.memorisation import CopyTest, thumbnails
@@ -78,7 +78,7 @@ class Sampler:
         folder, # where the classifier without noise is kept
     ):
         self.run, self.settings, self.folder, self.selector = run, run.settings, Path(folder), Selector(run)
-        self.vae, self.unet, aware = load_pipeline(run.folder("adapt")/"model")
+        self.vae, self.unet, aware = load_pipeline(run.read("adapt")/"model")
         self.classifiers, k = dict(noise_aware=aware), aware.config.n_classes
         self.labels, self.pilot = (np.tile(np.arange(k), n*self.settings.ablation_per_class) for n in (1, 2))
 
@@ -91,7 +91,7 @@ class Sampler:
 
 def _train_clean(run, vae):
     "A latent classifier trained without noise."
-    labelled, (_, unet, _) = read_labelled(run), load_pipeline(run.folder("diffusion")/"model")
+    labelled, (_, unet, _) = read_labelled(run), load_pipeline(run.read("diffusion")/"model")
     latents = LabelledLatents(vae, labelled.images, labelled.labels, precision=run.settings.precision)
     return fit_classifier(run, latents, unet, "clean").model
 
@@ -161,8 +161,8 @@ def sampling_grid(run:Run, folder:Path):
 @stage("ablation_sampling")
 def ablation_sampling(run:Run, folder:Path):
     "Write the tables of the sampling grid and draw its figures."
-    grid = run.folder("sampling_grid")
-    table, classifiers = pd.read_csv(grid/"grid.csv"), pd.read_csv(grid/"classifiers.csv")
+    grid = run.read("sampling_grid")
+    table, classifiers = read_table(grid/"grid.csv"), read_table(grid/"classifiers.csv")
     write_table(table, run.results/"ablation_sampling",
                 "One choice in sampling changed at a time; distances of n_synthetic patches, and of "
                 "accepted_n_synthetic random accepted ones (missing where fewer were accepted), to n_real validation "
@@ -182,7 +182,7 @@ class Adapter:
         folder, # where they are kept
     ):
         self.run, self.folder, self.tests = run, Path(folder), {}
-        self.vae, self.prior, _ = load_pipeline(run.folder("diffusion")/"model")
+        self.vae, self.prior, _ = load_pipeline(run.read("diffusion")/"model")
 
     def latents(self, fraction): return labelled_latents(self.run, self.vae, self.prior, fraction)
 
@@ -254,7 +254,7 @@ def adaptation_grid(run:Run, folder:Path):
 @stage("ablation_adaptation")
 def ablation_adaptation(run:Run, folder:Path):
     "Write the table of adaptations and draw its figure."
-    table = pd.read_csv(run.folder("adaptation_grid")/"grid.csv")
+    table = read_table(run.read("adaptation_grid")/"grid.csv")
     write_table(table, run.results/"ablation_adaptation",
                 "Ways to adapt the prior, by label fraction; distances of n_synthetic patches to n_real validation "
                 "patches.")
@@ -276,7 +276,7 @@ def measure_variant(run:Run) -> pd.DataFrame: # as Table 1
     "Make the first seeds of a run down to the test split, and summarise them."
     runs = [run.with_seed(s) for s in run.settings.seeds[:run.settings.ablation_seeds]]
     for r in runs: make_stage(r, "augment")
-    rows = pd.concat([pd.read_csv(r.folder("augment")/"rows.csv") for r in runs], ignore_index=True)
+    rows = pd.concat([read_table(r.read("augment")/"rows.csv") for r in runs], ignore_index=True)
     return summarise_methods(rows, read_correct([("augment", r) for r in runs]), patient_groups(runs[0])[0])
 
 # %% ../../nbs/library/study/09_ablate.ipynb #dd16e481
@@ -329,7 +329,7 @@ def _packaged(run):
     "The packaged encoder with and without selected patches, as Table 1."
     names = dict(finetuned_encoder="real", finetuned_encoder_histodiffusion="histodiffusion_selected")
     runs = [run.with_seed(s) for s in run.settings.seeds[:run.settings.ablation_seeds]]
-    rows = pd.concat([pd.read_csv(r.folder("compare")/"rows.csv") for r in runs], ignore_index=True)
+    rows = pd.concat([read_table(r.read("compare")/"rows.csv") for r in runs], ignore_index=True)
     correct = read_correct([("compare", r) for r in runs])
     correct = {(names[m], *rest): v for (m, *rest), v in correct.items() if m in names}
     rows = rows[rows.method.isin(names)].assign(method=lambda d: d.method.map(names))

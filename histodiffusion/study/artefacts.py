@@ -13,7 +13,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..core import HistoDiffusionError, load_settings, machine, peak_memory, read_json, write_json
+from histodiffusion.core import (
+    HistoDiffusionError, file_facts, load_settings, machine, markdown_text, peak_memory, read_json, read_table,
+    write_json)
 from ..data.patches import short_name
 from .prior import is_published
 from .run import Run, prior_sets, share_images
@@ -54,7 +56,7 @@ def provenance(
     work:dict, # what the stage did, such as optimiser steps and images
 ) -> dict:
     "The record of a stage."
-    spec, inputs = STAGES[stage], {}
+    spec, inputs, folder = STAGES[stage], {}, run.folder(stage)
     for upstream, r in run.inputs(stage): inputs.setdefault(upstream, []).append(r.key(upstream))
     read = {STAGES[s].data for s in upstream_of(stage)}
     sets = (run.target,)*("target" in read) + run.sets*("pretraining" in read)
@@ -63,7 +65,15 @@ def provenance(
                 code=run.key_parts(stage)["code"], seed=run.seed if spec.per_seed else None,
                 seeds=list(run.settings.seeds) if spec.seeds == "all" else None, work=work,
                 data={s: run.fingerprint(s) for s in sets}, inputs=inputs, parameters=run.parameters,
-                settings=settings, seconds=round(seconds, 2), peak_memory_mib=peak_memory(), **made_with())
+                settings=settings, seconds=round(seconds, 2), peak_memory_mib=peak_memory(), **made_with(),
+                files=file_facts(folder, _written(folder, spec)))
+
+def _written(folder, spec):
+    "Names of the files that a stage has written and later stages read."
+    if spec.folder != "artefacts": return [o for o in spec.outputs if (folder/o).is_file()]
+    names = [p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file()]
+    apart = lambda name: name.name.startswith("checkpoint") or name.name in ("leakage.csv", "provenance.json")
+    return [n.as_posix() for n in names if not apart(n) and not any(part.startswith(".") for part in n.parts)]
 
 # %% ../../nbs/library/study/05_artefacts.ipynb #c543ab8c
 @dataclass
@@ -157,13 +167,12 @@ def _refuse_repeats(run, sets):
 def data_warnings(run:Run) -> list: # sentences, Markdown
     "What is wrong with the data of a run by its own leave: pairs that leak, and corrupt images that were left out."
     from histodiffusion.data.leakage import held_back
-    import pandas as pd
     found = []
     if run.allow_leakage and (path := run.folder("pretraining_data")/"leakage.csv").is_file():
-        leaks = pd.read_csv(path, dtype=object)
+        leaks = read_table(path)
         n = len(held_back(leaks[leaks.target == run.target]))
         if n: found.append(f"{n} pair(s) of a pre-training image and a test or validation patch show the same tissue")
-    found += [f"`{short_name(s)}`, which the prior was trained on, shares its images with the labelled set"
+    found += [f"{markdown_text(short_name(s))}, which the prior was trained on, shares its images with the labelled set"
               for s in dict.fromkeys((*run.sets, *prior_sets(run))) if share_images(s, run.target)]
     lines = [f"**This run leaks:** {'; '.join(found)}. Its accuracies are no evidence of a gain."]*bool(found)
     left = {what: read_json(run.record(s)).get("work", {}).get("left_out", 0) for what, s in
@@ -198,7 +207,7 @@ def stage(
     def decorate(f):
         @functools.wraps(f)
         def make(run:Run) -> Path:
-            if run.done(name): return run.folder(name)
+            if run.done(name): return run.read(name)
             _check_inputs(run, name)
             with stage_folder(run, name) as attempt:
                 if not attempt.done: attempt.work |= f(as_made(run, name), attempt.folder) or {}
@@ -216,11 +225,12 @@ def as_made(
     return run if spec.per_seed else run.with_seed(0 if spec.seeds == "own" else run.settings.seeds[0])
 
 def _check_inputs(run, stage):
-    "Refuse to make a stage before its upstream stages, or from leaked patches."
+    "Refuse to make a stage before its upstream stages, from damaged files, or from leaked patches."
     for upstream, r in run.inputs(stage):
         if not r.done(upstream):
             raise HistoDiffusionError(f"Stage '{stage}' needs '{upstream}', which has not been made: run "
                                       f"'{command_of(r, STAGES[upstream].command)}' first.")
+        r.read(upstream)
     if "pretraining" in {STAGES[s].data for s in upstream_of(stage)}: check_leakage(run)
 
 # %% ../../nbs/library/study/05_artefacts.ipynb #4be75028

@@ -65,7 +65,7 @@ def _draw_conditional(run, labelled, labels, folder, pretrained):
     "Candidates of a class-conditional diffusion model, fine-tuned from the prior or trained from random weights."
     c, seed = run.settings, derive_seed("conditional", run.seed)
     name = "classifier_free_guidance" if pretrained else "ldm_labels_only"
-    vae, unet, _ = load_pipeline(run.folder("diffusion")/"model")
+    vae, unet, _ = load_pipeline(run.read("diffusion")/"model")
     torch.manual_seed(seed)
     if not pretrained:
         unet = build_unet(unet.config.sample_size, unet.config.in_channels, c.unet_channels, c.unet_layers,
@@ -104,7 +104,7 @@ def read_baseline(
     name:str, # a key of GENERATORS
 ) -> tuple: # (M, H, W, C) uint8 patches and (M,) target classes
     "The candidates of a baseline."
-    s = load_tensors(run.folder("baselines")/f"{name}.safetensors")
+    s = load_tensors(run.read("baselines")/f"{name}.safetensors")
     return s["images"].numpy(), s["labels"].numpy()
 
 def pick(
@@ -240,7 +240,7 @@ def load_oracle(run:Run) -> torch.nn.Module: # eval mode
     "The oracle of a run's labelled set."
     c = run.settings
     net = build_backbone(c.oracle, len(read_split(run, "validation").classes), run.channels, c.image_size)
-    net.load_state_dict(load_tensors(run.folder("oracle")/"oracle.safetensors"))
+    net.load_state_dict(load_tensors(run.read("oracle")/"oracle.safetensors"))
     return net.eval()
 
 # %% ../../nbs/library/study/07_compare.ipynb #bfc0873c

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import read_json, write_text
+from ..core import markdown_text, read_json, read_table, write_text
 from ..data.patches import short_name
 from .artefacts import command_of, data_warnings, stage
 from .run import Run, prior_sets
@@ -65,7 +65,7 @@ def safety_sentences(
             f"Labels: an oracle, trained on all training labels, disputes {disputed:.0%} of the selected patches; it "
             f"errs on {errs:.0%} of real validation patches.",
             f"Calibration error: {new:.3f}, with real patches alone {real:.3f}.",
-            f"Classes: {', '.join(lose)} lose recall." if len(lose) else
+            f"Classes: {', '.join(map(markdown_text, lose))} lose recall." if len(lose) else
             "Classes: none loses recall beyond its interval."]
 
 # %% ../../nbs/library/study/12_report.ipynb #883df2c9
@@ -75,7 +75,7 @@ def compare_expected(
 ) -> list: # sentences
     "How the accuracies of a run compare with those that its profile expects."
     expected, lines = run.settings.expected.get(run.target), []
-    if expected is None: return [f"No reference accuracy exists for {short_name(run.target)}."]
+    if expected is None: return [f"No reference accuracy exists for {markdown_text(short_name(run.target))}."]
     model = replace(run, label_fraction=None, overrides=expected.overrides, pretrain_sets=expected.sets or None)
     if {*model.sets} != {*run.sets} or model.key("augment") != run.key("augment"):
         return ["The reference accuracies of this profile are for other settings, so nothing is compared. They are "
@@ -95,9 +95,9 @@ def compare_expected(
 def report_head(run:Run) -> str: # Markdown
     "Title of a report, and how the run was made."
     c = run.settings
-    sets = ", ".join(dict.fromkeys(map(short_name, (*prior_sets(run), *run.sets))))
+    sets = markdown_text(", ".join(dict.fromkeys(map(short_name, (*prior_sets(run), *run.sets)))))
     prior = f", starting from the published prior `{c.prior}`" if c.prior else ""
-    head = (f"# {short_name(run.target)} at {c.label_fraction:.3g} of the labels\n\n"
+    head = (f"# {markdown_text(short_name(run.target))} at {c.label_fraction:.3g} of the labels\n\n"
             + "".join(f"{warning}\n\n" for warning in data_warnings(run)) +
             f"Profile `{run.profile}`, {len(c.seeds)} seed{'s'*(len(c.seeds) > 1)}, pre-trained on {sets}{prior}.\n")
     if run.profile != "smoke": return head
@@ -107,7 +107,7 @@ def report_head(run:Run) -> str: # Markdown
 @stage("report")
 def report(run:Run, folder:Path):
     "Write the report of a run."
-    read, ratio = lambda name: pd.read_csv(run.results/f"{name}.csv", converters={"class": str}), run.settings.ratio
+    read, ratio = lambda name: read_table(run.results/f"{name}.csv"), run.settings.ratio
     checks, table = ("memorisation", "label_noise", "calibration", "gain_by_class"), read("table_1")
     groups, known = patient_groups(run)
     usage, scope = usage_sentences(read("selection")), scope_sentence(len(set(groups)) if known else 0)

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core import HistoDiffusionError, best_precision, card_html, hash_object, load_settings, read_json
+from ..core import (
+    HistoDiffusionError, as_path, best_precision, card_html, check_files, hash_object, load_settings, read_json)
 from ..data.catalogue import REGISTRY, dataset_info
 from ..data.patches import (
     dataset_channels, dataset_fingerprint, folder_and_table, parse_phantom, short_name)
 from ..data.pool import default_pretraining
 from .prior import is_published, published_prior, settings_of_prior
-from .profiles import PROFILES, get_profile
+from .profiles import MOST, PROFILES, get_profile
 from .stages import STAGES, code_hashes
 
 # %% ../../nbs/library/study/04_run.ipynb #54ad8aa7
@@ -56,8 +57,8 @@ def full_name(
         raise HistoDiffusionError(f"There is no path after '{dataset}': give {dataset}PATH.")
     elif dataset.startswith("folder:"):
         folder, table = folder_and_table(dataset)
-        return f"folder:{folder.resolve()}" + (f",labels={table.resolve()}" if table else "")
-    elif dataset.startswith("npz:"): return f"npz:{Path(dataset[4:]).expanduser().resolve()}"
+        return f"folder:{folder}" + (f",labels={table}" if table else "")
+    elif dataset.startswith("npz:"): return f"npz:{as_path(dataset[4:])}"
     else: dataset_info(dataset)  # refuses an unknown name
     return dataset
 
@@ -82,8 +83,8 @@ def prior_sets(run:Run) -> tuple: # names
 # %% ../../nbs/library/study/04_run.ipynb #7589dffa
 def _check_run(run):
     "Refuse a run that cannot be made, or that would pre-train on the target's own images."
-    if type(run.seed) is not int or run.seed < 0:
-        raise HistoDiffusionError(f"seed is {run.seed!r}: give a whole number of 0 or more.")
+    if type(run.seed) is not int or not 0 <= run.seed <= MOST:
+        raise HistoDiffusionError(f"seed is {str(run.seed)[:30]}: give a whole number from 0 to {MOST}.")
     if run.settings.prior: _check_prior(run)
     target, sets = run.target, (*run.sets, *prior_sets(run))  # an unknown name is refused
     for name in () if run.allow_leakage else sets:
@@ -272,6 +273,22 @@ def done(self:Run,
     if is_published(self.settings, stage): return path.is_file()
     complete = path.is_file() and all((path.parent/o).is_file() for o in STAGES[stage].outputs)
     return complete and read_json(path).get("key") == self.key(stage)
+
+# %% ../../nbs/library/study/04_run.ipynb #34fd9b15
+@patch
+def read(self:Run,
+    stage:str, # name in STAGES
+) -> Path:
+    "The folder of a stage that was made; its files are as the stage wrote them."
+    record, folder = self.record(stage), self.folder(stage)
+    if not record.is_file():
+        raise HistoDiffusionError(f"Stage '{stage}' has not been made in {folder}: run 'histodiffusion "
+                                  f"{STAGES[stage].command}' with the options of this run first.")
+    published = is_published(self.settings, stage)
+    waste = f"the folder {folder}" if STAGES[stage].folder == "artefacts" else record
+    check_files(folder, read_json(record).get("files", {}), f"get the folder {folder} anew" if published else
+                f"delete {waste} and give the same command again, which makes stage '{stage}' anew")
+    return folder
 
 # %% ../../nbs/library/study/04_run.ipynb #cf77bf36
 @patch

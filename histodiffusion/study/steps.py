@@ -23,11 +23,11 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from histodiffusion.core import (
-    HistoDiffusionError, card_html, derive_seed, get_device, load_tensors, read_json, save_tensors, write_json,
-    write_table)
+from ..core import (
+    HistoDiffusionError, card_html, derive_seed, get_device, load_array, load_tensors, read_json, read_table,
+    save_tensors, write_json, write_table)
 from ..data.leakage import held_back, leakage, target_splits
-from ..data.patches import PatchSet, labelled_fraction, load_patches, unreadable_images
+from ..data.patches import PatchSet, check_target, labelled_fraction, load_patches, unreadable_images
 from ..data.pool import unlabelled_pool
 from ..data.stain import normalise_stain
 from ..data.symmetries import d4_images
@@ -52,7 +52,7 @@ from ..models.latent_classifier import LabelledLatents, noise_report, train_clas
 from ..models.sampling import SamplingConfig, load_pipeline, save_pipeline, synthesize_patches
 from ..models.training import Fit, FitConfig, load_network
 from .artefacts import stage
-from .prior import is_published, published_prior
+from .prior import is_published, prior_model
 from .run import Run
 
 # %% ../../nbs/library/study/06_steps.ipynb #5a4491a4
@@ -91,9 +91,10 @@ def pretraining_data(run:Run, folder:Path):
 def target_data(run:Run, folder:Path):
     "Read the labelled set once, with its splits."
     patches = load_patches(run.target, run.settings.image_size, run.channels, run.skip_corrupt)
-    np.save(folder/"patches.npy", _stained(run, patches.images))
     groups, splits = target_splits(run.target, patches.keys, patches.labels, patches.groups, run.settings.image_size,
                                    patches.splits)
+    check_target(patches.labels, patches.keys, patches.classes, splits, 1., (0,))  # before anything is trained
+    np.save(folder/"patches.npy", _stained(run, patches.images))
     splits = {k: v.tolist() for k, v in splits.items()}
     write_json(folder/"manifest.json", dict(name=patches.name, classes=patches.classes, counts=patches.counts(),
                                             labels=patches.labels.tolist(), keys=patches.keys, groups=groups,
@@ -106,7 +107,7 @@ def read_pool(run:Run) -> np.ndarray: # (N, H, W, C) uint8
     "The unlabelled pool of a run."
     if is_published(run.settings, "pretraining_data"):
         raise HistoDiffusionError(f"The published prior '{run.settings.prior}' comes without its training patches.")
-    return np.load(run.folder("pretraining_data")/"pool.npy", allow_pickle=False)
+    return load_array(run.read("pretraining_data")/"pool.npy")
 
 # %% ../../nbs/library/study/06_steps.ipynb #8c3e9a05
 def read_split(
@@ -114,10 +115,10 @@ def read_split(
     split:str, # 'train', 'validation' or 'test'
 ) -> PatchSet:
     "One split of the target."
-    folder = run.folder("target_data")
+    folder = run.read("target_data")
     m = read_json(folder/"manifest.json")
-    every = PatchSet(np.load(folder/"patches.npy", allow_pickle=False), np.array(m["labels"]), tuple(m["classes"]),
-                     m["keys"], m["name"], m["groups"])
+    every = PatchSet(load_array(folder/"patches.npy"), np.array(m["labels"]), tuple(m["classes"]), m["keys"], m["name"],
+                     m["groups"])
     return every.subset(m["splits"][split])
 
 # %% ../../nbs/library/study/06_steps.ipynb #57a913d7
@@ -126,7 +127,7 @@ def patient_groups(
     split:str="test", # or 'train', 'validation'
 ) -> tuple: # (N,) group of each patch, a patch without one being its own; whether patients or slides are known
     "What the patches of a split share: their patient or slide, or an image that they are copies of."
-    patches, known = read_split(run, split), read_json(run.folder("target_data")/"manifest.json")["patients"] > 0
+    patches, known = read_split(run, split), read_json(run.read("target_data")/"manifest.json")["patients"] > 0
     groups = patches.groups or [""]*len(patches)
     return np.array([g or k for g, k in zip(groups, patches.keys)]), known
 
@@ -173,13 +174,13 @@ def _measure_autoencoder(fitted, images, folder):
 # %% ../../nbs/library/study/06_steps.ipynb #3f2bec5b
 def _prior_networks(run):
     "Autoencoder and U-Net of a run's published prior."
-    return load_pipeline(published_prior(run.settings.prior)[0]/"diffusion"/"model")[:2]
+    return load_pipeline(prior_model(run.settings.prior))[:2]
 
 def load_autoencoder(run:Run): # AutoencoderDC
     "The trained first stage of a run."
     from diffusers import AutoencoderDC
     if run.settings.prior: return _prior_networks(run)[0]
-    return load_network(AutoencoderDC, run.folder("autoencoder")/"model")
+    return load_network(AutoencoderDC, run.read("autoencoder")/"model")
 
 # %% ../../nbs/library/study/06_steps.ipynb #a899af85
 def _latents_of_pool(run, vae, folder, steps):
@@ -294,7 +295,7 @@ def fine_tune(
 def adapt(run:Run, folder:Path):
     "Train the latent classifier and fine-tune the U-Net on the labelled patches."
     c, labelled = run.settings, read_labelled(run)
-    vae, unet, _ = load_pipeline(run.folder("diffusion")/"model")
+    vae, unet, _ = load_pipeline(run.read("diffusion")/"model")
     latents = labelled_latents(run, vae, unet)
     classifier = fit_classifier(run, latents, unet, folder=folder/"classifier")
     tuned = Fit(unet)
@@ -369,8 +370,8 @@ ADAPTATIONS = ("guidance_only", "finetuned")
 def synthesize(run:Run, folder:Path):
     "Sample candidates of each class from the fine-tuned prior, and a quarter as many from the prior itself."
     c, images = run.settings, 0
-    vae, tuned, classifier = load_pipeline(run.folder("adapt")/"model")
-    prior = load_pipeline(run.folder("diffusion")/"model")[1]
+    vae, tuned, classifier = load_pipeline(run.read("adapt")/"model")
+    prior = load_pipeline(run.read("diffusion")/"model")[1]
     every = np.tile(np.arange(classifier.config.n_classes), c.samples_per_class)
     for name, unet in zip(ADAPTATIONS, (prior, tuned) if c.finetune_steps else (prior,)):
         labels, path = every, folder/f"{name}.safetensors"
@@ -397,9 +398,10 @@ def read_synthetic(
     adaptation:str="finetuned", # or 'guidance_only'
 ) -> Candidates: # images (M, H, W, C) uint8, labels (M,), confidence (M,)
     "The candidates of a run; those of guidance alone where nothing was fine-tuned."
-    path = run.folder("synthesize")/f"{adaptation}.safetensors"
-    if not path.exists(): path = path.with_name("guidance_only.safetensors")
-    return Candidates({k: v.numpy() for k, v in load_tensors(path).items()})
+    if adaptation not in ADAPTATIONS:
+        raise HistoDiffusionError(f"Unknown adaptation '{adaptation}': use {' or '.join(ADAPTATIONS)}.")
+    name = adaptation if run.settings.finetune_steps else ADAPTATIONS[0]
+    return Candidates({k: v.numpy() for k, v in load_tensors(run.read("synthesize")/f"{name}.safetensors").items()})
 
 # %% ../../nbs/library/study/06_steps.ipynb #5423afde
 def backbone_config(run:Run) -> BackboneConfig: # the same for all methods of a seed
@@ -448,7 +450,7 @@ def load_teacher(run:Run) -> Ensemble: # eval mode
     c, k = run.settings, len(read_labelled(run).classes)
     nets = [build_backbone(name, k, run.channels, c.image_size) for name in c.teacher]
     net = Ensemble(nets, c.teacher_symmetries)
-    net.load_state_dict(load_tensors(run.folder("teacher")/"teacher.safetensors"))
+    net.load_state_dict(load_tensors(run.read("teacher")/"teacher.safetensors"))
     return net.to(get_device()).eval()
 
 # %% ../../nbs/library/study/06_steps.ipynb #88eef640
@@ -499,8 +501,8 @@ def load_backbone(
     method:str="real", # or 'standard_augmentation'
 ) -> torch.nn.Module: # eval mode
     "A backbone that was trained on the labelled patches alone."
-    tried = pd.read_csv(run.folder("real_only")/"augmentation.csv")
-    return _load_backbone(run, run.folder("real_only")/tried.file[0 if method == "real" else tried.chosen.argmax()])
+    tried = read_table((folder := run.read("real_only"))/"augmentation.csv")
+    return _load_backbone(run, folder/tried.file[0 if method == "real" else tried.chosen.argmax()])
 
 # %% ../../nbs/library/study/06_steps.ipynb #ee228693
 class Selector:
@@ -610,8 +612,8 @@ def chosen_patches(
     ratio:float|None=None, # synthetic per real labelled patch, one of the run's ratios; None: its setting `ratio`
 ) -> tuple: # (M, H, W, C) uint8 patches and (M,) labels; None, None where nothing was kept
     "The synthetic patches that a run has chosen."
-    chosen = read_json(run.folder("select")/"chosen.json")["chosen"]
-    name = "finetuned" if "finetuned" in chosen else "guidance_only"
+    chosen = read_json(run.read("select")/"chosen.json")["chosen"]
+    name = list(chosen)[-1]  # the fine-tuned prior, if there is one
     i = np.array(chosen[name][kind][f"{run.settings.ratio if ratio is None else ratio:g}"], dtype=int)
     s = read_synthetic(run, name)
     return (s["images"][i], s["labels"][i]) if len(i) else (None, None)

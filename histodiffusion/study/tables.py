@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import derive_seed, load_tensors, read_json, write_table
+from ..core import derive_seed, load_tensors, markdown_text, read_json, read_table, write_table
 from ..data.catalogue import may_show
 from ..data.patches import short_name
 from ..data.symmetries import symmetry
@@ -39,7 +39,7 @@ def gather(
     stages:tuple=("augment", "compare"), # stages that wrote them
 ) -> pd.DataFrame:
     "Rows of all seeds."
-    parts = [pd.read_csv(r.folder(s)/"rows.csv") for s, r in run.inputs(table) if s in stages]
+    parts = [read_table(r.read(s)/"rows.csv") for s, r in run.inputs(table) if s in stages]
     return pd.concat(parts, ignore_index=True)
 
 def read_correct(
@@ -48,8 +48,8 @@ def read_correct(
     "Which test patches each method classified correctly."
     correct = {}
     for name, run in runs:
-        labels, folder = read_split(run, "test").labels, run.folder(name)
-        for row in pd.read_csv(folder/"rows.csv").itertuples():
+        labels, folder = read_split(run, "test").labels, run.read(name)
+        for row in read_table(folder/"rows.csv").itertuples():
             p = load_tensors(folder/f"{row.method}-{row.ratio:g}.safetensors")["probabilities"].numpy()
             correct[row.method, row.ratio, row.label_fraction, row.seed] = p.argmax(1) == labels
     return correct
@@ -71,15 +71,16 @@ def table_1(run:Run, folder:Path):
     table = summarise_methods(rows, read_correct(inputs), groups, ("histodiffusion_selected", c.ratio))
     save_figure(figures.plot_gain(table), run.figures/"gain")
     write_table(table, run.results/"table_1",
-                f"Test split of {short_name(run.target)} at {c.label_fraction:.3g} of the labels, {len(c.seeds)} "
-                "seeds; gains over `real` and over `standard_augmentation` (gain_std) with 95 % intervals over seeds "
-                f"and test {'patients or slides' if known else 'patches, taken as independent'}. Declared beforehand: "
-                f"`histodiffusion_selected` at {c.ratio:.0%} against `real`, whose p-value is not corrected; those of "
-                "the method's other rows are, after Holm. worth_labels: further labels that give the same gain.")
+                f"Test split of {markdown_text(short_name(run.target))} at {c.label_fraction:.3g} of the labels, "
+                f"{len(c.seeds)} seeds; gains over `real` and over `standard_augmentation` (gain_std) with 95 % "
+                f"intervals over seeds and test {'patients or slides' if known else 'patches, taken as independent'}. "
+                f"Declared beforehand: `histodiffusion_selected` at {c.ratio:.0%} against `real`, whose p-value is not "
+                "corrected; those of the method's other rows are, after Holm. worth_labels: further labels that give "
+                "the same gain.")
     runs = [r for s, r in inputs if s == "augment"]
     for name, (stage_of, caption) in SEED_TABLES.items():
-        files = [(r.seed, r.folder(stage_of)/f"{name}.csv") for r in runs]
-        every = pd.concat([pd.read_csv(f, converters={"class": str}).assign(seed=seed) for seed, f in files])
+        files = [(r.seed, r.read(stage_of)/f"{name}.csv") for r in runs]
+        every = pd.concat([read_table(f).assign(seed=seed) for seed, f in files])
         write_table(every, run.results/name, caption)
 
 # %% ../../nbs/library/study/08_tables.ipynb #2f962c43
@@ -92,7 +93,7 @@ def table_2(run:Run, folder:Path):
     table = numbers.mean().add_suffix("_mean").join(numbers.std(ddof=1).add_suffix("_sd"))
     order = [c + end for c in rows.columns.drop(["method", "seed", "patches"]) for end in ("_mean", "_sd")]
     table = table.rename(columns=dict(patches_mean="patches"))[["patches", *order]].reset_index()
-    right = read_json(run.folder("oracle")/"metrics.json")["accuracy"]
+    right = read_json(run.read("oracle")/"metrics.json")["accuracy"]
     write_table(table.assign(n_seeds=len(run.settings.seeds)), run.results/"table_2",
                 "Patches that each method adds; image metrics of n_synthetic random ones (missing where there are "
                 "fewer) against n_real validation patches; class accuracy by an oracle trained on all training labels, "
@@ -153,7 +154,7 @@ def _may_draw(run):
 
 def _from_noise(run, n=6):
     "Some patches of each class from noise alone, where those sampled from labelled patches may not be shown."
-    vae, unet, classifier = load_pipeline(run.folder("adapt")/"model")
+    vae, unet, classifier = load_pipeline(run.read("adapt")/"model")
     labels = np.repeat(np.arange(classifier.config.n_classes), n)
     drawn = draw_candidates(run.settings, vae, unet, classifier, labels, vectors=class_conditions(run, unet, labels))
     return drawn["images"], labels
@@ -161,7 +162,7 @@ def _from_noise(run, n=6):
 @stage("figure_2")
 def figure_2(run:Run, folder:Path):
     "Draw real and synthetic patches side by side, and the method as Figure 1."
-    labelled, chosen = read_labelled(run), read_json(run.folder("select")/"chosen.json")["chosen"]
+    labelled, chosen = read_labelled(run), read_json(run.read("select")/"chosen.json")["chosen"]
     patches = {n.replace("_", " "): (s["images"], s["labels"]) for n in chosen for s in [read_synthetic(run, n)]}
     if (selected := chosen_patches(run))[0] is not None: patches["selected"] = selected
     if run.settings.start_time < 1000 and not _may_draw(run): patches = {"from noise": _from_noise(run)}
@@ -223,7 +224,7 @@ def safety(run:Run, folder:Path):
     first, ratio = run.with_seed(run.settings.seeds[0]), f"{run.settings.ratio:g}"
     labels, classes = (test := read_split(run, "test")).labels, test.classes
     files = {m: f"{m}-{ratio if m.startswith('histo') else 0}.safetensors" for m in CALIBRATED}
-    folders = [r.folder("augment") for s, r in run.inputs("safety") if s == "augment"]
+    folders = [r.read("augment") for s, r in run.inputs("safety") if s == "augment"]
     posteriors = {m: [load_tensors(f/name)["probabilities"].numpy() for f in folders] for m, name in files.items()}
     bins = pd.concat([calibration_bins(np.tile(labels, len(p)), np.concatenate(p)).assign(method=m)
                       for m, p in posteriors.items()])
@@ -262,7 +263,7 @@ def _disputed(oracle, images, labels, k):
 def _check_copies(run, measure, labelled, images, targets):
     "Write the test for copies of real patches; draw the closest pairs and the feature map."
     first, drawn, rows = run.with_seed(run.settings.seeds[0]), thumbnails(images), []
-    vae, unet, _ = load_pipeline(first.folder("adapt")/"model")
+    vae, unet, _ = load_pipeline(first.read("adapt")/"model")
     held_out, seed = reconstructed(vae, read_split(run, "validation").images), derive_seed("copies", 0)
     for name, (known, thumbs) in _references(first, vae, labelled).items():
         test = CopyTest(thumbs, held_out)
@@ -282,7 +283,7 @@ def _references(run, vae, labelled):
     "Real patches that may have been copied, with the thumbnails of what the autoencoder makes of them."
     found = dict(labelled=(labelled.images, reconstructed(vae, labelled.images)))
     if is_published(run.settings, "pretraining_data"): return found
-    pool, latents = read_pool(run), load_tensors(run.folder("diffusion")/"latents.safetensors")["latents"]
+    pool, latents = read_pool(run), load_tensors(run.read("diffusion")/"latents.safetensors")["latents"]
     if len(latents) < len(pool): latents = encode_patches(vae, pool)  # the U-Net was not trained on them
     return found | {"pre-training": (pool, decoded(vae, latents))}
 

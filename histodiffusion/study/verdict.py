@@ -10,6 +10,8 @@ __all__ = ['HEADLINE_SEEDS', 'SIMPLER', 'verdict', 'simpler_method', 'primary_ro
 import numpy as np
 import pandas as pd
 
+from ..core import markdown_text
+
 # %% ../../nbs/library/study/10_verdict.ipynb #8f7520e4
 HEADLINE_SEEDS = 5  # below, nothing is printed in bold
 
@@ -88,9 +90,10 @@ def usage_sentences(
     used = selection[selection.adaptation == selection.adaptation.iloc[-1]]  # the fine-tuned prior, if there is one
     mean = used.groupby("class", sort=False)[["wanted", "kept", "generated"]].mean()
     empty = mean[mean.kept == 0]
-    lines = [f"No patch was selected for {', '.join(empty.index)}, in any seed: of {empty.generated.sum():.0f} "
-             f"candidates none passed, and {empty.wanted.sum():.0f} were wanted."] if len(empty) else []
-    each = ", ".join(f"{r.Index} {_number(r.kept)} of {_number(r.wanted)}"
+    names = ", ".join(map(markdown_text, empty.index))
+    lines = [f"No patch was selected for {names}, in any seed: of {empty.generated.sum():.0f} candidates none passed, "
+             f"and {empty.wanted.sum():.0f} were wanted."] if len(empty) else []
+    each = ", ".join(f"{markdown_text(r.Index)} {_number(r.kept)} of {_number(r.wanted)}"
                      for r in mean.sort_values("kept").itertuples())
     return [*lines, f"Selected patches used: {_number(mean.kept.sum())} of {_number(mean.wanted.sum())} wanted (mean "
                     f"over {_seeds(used.seed.nunique())}): {each}."]
