@@ -59,7 +59,7 @@ def _read_ini(path, changed):
     try:
         if changed: ini.read_string(path.read_text(encoding="utf-8-sig"), str(path))
     except (configparser.Error, UnicodeDecodeError) as e:
-        why = "it is not encoded as UTF-8" if isinstance(e, UnicodeDecodeError) else " ".join(str(e).split())
+        why = "it is not encoded as UTF-8" if isinstance(e, UnicodeDecodeError) else " ".join(str(e).split())[:200]
         raise HistoDiffusionError(f"{path} cannot be read as settings ({why}): correct it.") from e
     return dict(ini["histodiffusion"])
 

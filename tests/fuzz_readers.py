@@ -188,7 +188,7 @@ def written():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_tensors(folder / "a.safetensors", dict(x=np.arange(6.0)))
-        pack_images([np.asarray(_picture(8))] * 3, folder / "packed", labels=[0, 1, 0], classes=("a", "b"))
+        pack_images([np.asarray(_picture(16))] * 3, folder / "packed", labels=[0, 1, 0], classes=("a", "b"))
         good = {"a.safetensors": (folder / "a.safetensors").read_bytes()}
         good |= {f"packed/{p.name}": p.read_bytes() for p in (folder / "packed").iterdir()}
     good |= {

@@ -115,18 +115,29 @@ class PackedImages:
 # %% ../../nbs/library/data/04_packed.ipynb #b71152b5
 FORMAT = 2  # raised when the meaning of the files changes
 
+def _fits(p):
+    "Whether the index of a packed set describes its pixels."
+    n, (h, w, c) = len(p.starts), p.shapes.T
+    lists = all(isinstance(x, list) and len(x) == n for x in (p.names, p.keys, p.groups, p.splits))
+    shapes = ((1 <= h) & (h < 1 << 20) & (1 <= w) & (w < 1 << 20) & ((c == 1) | (c == 3))).all()
+    inside = shapes and ((p.starts >= 0) & (p.starts <= len(p.pixels) - h*w*c)).all()
+    return lists and inside and len(p.labels) == n and ((p.labels >= -1) & (p.labels < len(p.classes))).all()
+
 def open_packed(
     folder, # what `pack_images` wrote
 ) -> PackedImages:
-    "Open a packed set; an incomplete one is refused."
+    "Open a packed set; an incomplete or damaged one is refused."
     pixels, index = Path(folder)/"pixels.u8", Path(folder)/"index.json"
-    about, size = read_json(index) if index.is_file() else {}, pixels.stat().st_size if pixels.is_file() else -1
-    if about.get("format") != FORMAT or size != about["bytes"]:
-        raise HistoDiffusionError(f"{folder} is not a complete packed set: delete it, and it is packed again.")
-    arrays = {k: v.numpy() for k, v in load_tensors(Path(folder)/"index.safetensors").items()}
-    return PackedImages(np.memmap(pixels, np.uint8, "r"), arrays["starts"], arrays["shapes"], arrays["labels"],
-                        tuple(about["classes"]), about["names"], about["keys"], about["groups"],
-                        about["splits"], about["corrupt"])
+    try:
+        about = read_json(index)
+        if about["format"] == FORMAT and pixels.stat().st_size == about["bytes"]:
+            arrays = {k: v.numpy() for k, v in load_tensors(Path(folder)/"index.safetensors").items()}
+            packed = PackedImages(np.memmap(pixels, np.uint8, "r"), arrays["starts"], arrays["shapes"],
+                                  arrays["labels"], tuple(about["classes"]),
+                                  *(about[k] for k in ("names", "keys", "groups", "splits", "corrupt")))
+            if _fits(packed): return packed
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, HistoDiffusionError): pass
+    raise HistoDiffusionError(f"{folder} is not a complete packed set: delete it, and it is packed again.")
 
 # %% ../../nbs/library/data/04_packed.ipynb #3a66ae51
 def _as_pixels(image):

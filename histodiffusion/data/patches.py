@@ -18,8 +18,9 @@ import numpy as np
 from PIL import Image
 from fastcore.basics import patch
 
-from ..core import (
-    HistoDiffusionError, as_path, card_html, derive_seed, hash_file, hash_object, load_settings, progress, read_json, write_json)
+from histodiffusion.core import (
+    HistoDiffusionError, as_path, card_html, derive_seed, hash_file, hash_object, load_settings, progress, read_json,
+    write_json)
 from .catalogue import REGISTRY, dataset_info, group_of
 from .images import IMAGE_SUFFIXES, find_images, image_kind, read_image
 from .layout import read_layout
