@@ -370,9 +370,11 @@ if torch.cuda.is_available(): print("bf16" if torch.cuda.is_bf16_supported() els
 else: print("bf16" if not torch.backends.mps.is_available() and timed() else "no")
 """
 
-def _probe():
-    "The faster precision, from a process of its own; fp32 where that process crashes."
-    done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True)
+def _probe(seconds=120):
+    "The faster precision, from a process of its own; fp32 where that process crashes or takes too long."
+    print("measuring once whether bf16 is faster than fp32 here (two minutes at most)", file=sys.stderr, flush=True)
+    try: done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired: return "no"
     return done.stdout.split()[-1] if done.returncode == 0 else "no"
 
 # %% ../nbs/library/00_core.ipynb #a33e3d35

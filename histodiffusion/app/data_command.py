@@ -136,7 +136,8 @@ def audit(options) -> None:
     for row in shared:
         print(f"{row['sets']} share images: {row['exact']} exact, {row['near']} near pairs, such as {row['example']}")
     if len(pairs) > len(shared):
-        print(f"{len(pairs) - len(shared)} pairs of sets share nothing that was found")
+        print(f"{len(pairs) - len(shared)} pairs of sets share nothing that was found: whole images are compared, in all "
+              "eight positions; crops of larger images are not searched for")  # fmt: skip
 
 
 ACTIONS = {"show": show, "list": list_sets, "fetch": fetch, "describe": describe, "verify": verify, "audit": audit}
