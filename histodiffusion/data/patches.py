@@ -9,7 +9,7 @@ __all__ = ['READING', 'SPLITS', 'FEW', 'parse_phantom', 'folder_and_table', 'sho
            'load_patches', 'unreadable_images', 'split_patches', 'labelled_fraction', 'check_target']
 
 # %% ../../nbs/library/data/05_patches.ipynb #0140ea4d
-import contextlib, os
+import contextlib, os, stat
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from histodiffusion.core import (
     HistoDiffusionError, as_path, card_html, derive_seed, hash_file, hash_object, load_settings, progress, read_json,
     write_json)
 from .catalogue import REGISTRY, dataset_info, group_of
-from .images import IMAGE_SUFFIXES, find_images, image_kind, read_image
+from .images import IMAGE_SUFFIXES, find_images, image_kind, path_text, read_image
 from .layout import read_layout
 from .npz import NPZ_SPLITS, npz_classes, npz_images, npz_kinds, npz_labels
 from .packed import PackedImages, content_key, open_packed, pack_images, read_h5
@@ -168,8 +168,8 @@ def _facts(spec):
     if stored.is_file() and (old := read_json(stored)).get("listing") == listing and "kinds" in old: return old
     rows, kinds = [], Counter()
     for p in progress(files, desc=f"hashing {short_name(spec)}", unit="file"):
-        regular = p.is_file()
-        rows.append((os.path.relpath(p, folder), hash_file(p) if regular else None))
+        content = hash_file(p) if p.is_file() else stat.S_IFMT(os.lstat(p).st_mode)  # a link to nothing, a pipe
+        rows.append((os.path.relpath(p, folder), content))
         if p.suffix.lower() in IMAGE_SUFFIXES: kinds[image_kind(p)] += 1
     facts = dict(files=len(files), listing=listing, fingerprint=hash_object(rows)[:16], kinds=dict(kinds))
     write_json(stored, facts)
@@ -212,15 +212,19 @@ def packed_dataset(
     packed = open_packed(folder)
     if skip_corrupt or not packed.corrupt: return packed
     others = f" ({len(packed.corrupt)} images of {short_name(spec)} cannot be read)"*(len(packed.corrupt) > 1)
-    raise HistoDiffusionError(packed.corrupt[0][1].removesuffix(".") + others + ".")
+    first = f"{path_text(dataset_folder(spec))}/{packed.corrupt[0][1].removesuffix('.')}"
+    raise HistoDiffusionError(f"{first}{others}.")
 
 # %% ../../nbs/library/data/05_patches.ipynb #28155499
 def _pack_files(spec, folder, **kwargs):
     "A folder of image files."
     layout = dataset_layout(spec)
     classes = layout.classes
-    labels = [classes.index(c) if c else -1 for c in layout.labels]
-    return pack_images(layout.files, folder, read_image, layout.names, labels, classes, layout.groups, layout.splits,
+    labels, here = [classes.index(c) if c else -1 for c in layout.labels], f"{path_text(dataset_folder(spec))}/"
+    def read(path):
+        try: return read_image(path)
+        except HistoDiffusionError as e: raise HistoDiffusionError(str(e).removeprefix(here)) from e
+    return pack_images(layout.files, folder, read, layout.names, labels, classes, layout.groups, layout.splits,
                        skip_corrupt=True, **kwargs)
 
 def _pack_phantom(spec, folder, **kwargs):
