@@ -168,7 +168,8 @@ def _facts(spec):
     if stored.is_file() and (old := read_json(stored)).get("listing") == listing and "kinds" in old: return old
     rows, kinds = [], Counter()
     for p in progress(files, desc=f"hashing {short_name(spec)}", unit="file"):
-        content = hash_file(p) if p.is_file() else stat.S_IFMT(os.lstat(p).st_mode)  # a link to nothing, a pipe
+        kind = stat.S_IFMT(p.stat().st_mode) if p.exists() else None  # a link to nothing
+        content = hash_file(p) if p.is_file() else kind  # or a pipe, a device, a folder
         rows.append((os.path.relpath(p, folder), content))
         if p.suffix.lower() in IMAGE_SUFFIXES: kinds[image_kind(p)] += 1
     facts = dict(files=len(files), listing=listing, fingerprint=hash_object(rows)[:16], kinds=dict(kinds))
