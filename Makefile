@@ -11,7 +11,7 @@ SUMS := find nbs histodiffusion README.md figures/readme -type f ! -name '*.pyc'
 	-exec cksum {} + 2>/dev/null | sort -k 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-browser bench lab docs export readme check clean
+.PHONY: help setup reproduce test test-browser fuzz bench lab docs export readme check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +39,9 @@ test: setup  ## run the library's notebooks and the tutorials, then the tests; P
 
 test-browser: docs  ## open the site and JupyterLab in Chromium, if there is one
 	$(TEST) pytest -m browser tests/test_browser.py $(PYTEST_ARGS)
+
+fuzz: setup  ## ten minutes of damaged files for every reader; MINUTES= and ARGS= are passed on
+	$(TEST) python tests/fuzz_readers.py --minutes $(or $(MINUTES),10) $(ARGS)
 
 bench: setup  ## compare with the alternatives, each in one run; writes results/bench/*.json
 	@mkdir -p results/logs; for nb in nbs/experiments/bench_*.ipynb; do \

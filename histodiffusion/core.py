@@ -6,8 +6,8 @@
 __all__ = ['TEXT_COLUMNS', 'HistoDiffusionError', 'Settings', 'as_path', 'load_settings', 'hash_object', 'hash_file',
            'file_facts', 'check_files', 'derive_seed', 'keep_freed_memory', 'get_device', 'inference_batch_size',
            'machine', 'peak_memory', 'atomic_path', 'write_text', 'write_json', 'read_json', 'save_tensors',
-           'load_tensors', 'load_array', 'loading', 'progress', 'picture_html', 'card_html', 'markdown_text',
-           'write_csv', 'read_table', 'write_table', 'best_precision']
+           'load_tensors', 'load_array', 'progress', 'picture_html', 'card_html', 'markdown_text', 'write_csv',
+           'read_table', 'write_table', 'best_precision']
 
 # %% ../nbs/library/00_core.ipynb #73e76151
 import base64, configparser, contextlib, ctypes, functools, hashlib, html, importlib.metadata, io, json, os, platform
@@ -33,6 +33,7 @@ class Settings:
     data_mirror: Path | None # folder that serves data sets by name, offline
     results_path: Path # tables, metrics, provenance, artefacts
     figures_path: Path # figures
+    max_megapixels: float # the largest image that is read, million pixels
     profile: str # preset of scale
     tracker: str # accelerate's name of an experiment tracker, or 'none'
 
@@ -48,7 +49,7 @@ def as_path(
 
 # %% ../nbs/library/00_core.ipynb #6301c493
 _DEFAULTS = dict(data_home="data", data_mirror="", results_path="results", figures_path="figures",
-                 profile="smoke", tracker="none")
+                 max_megapixels="50", profile="smoke", tracker="none")
 
 @functools.lru_cache
 def _read_ini(path, changed):
@@ -58,7 +59,7 @@ def _read_ini(path, changed):
     try:
         if changed: ini.read_string(path.read_text(encoding="utf-8-sig"), str(path))
     except (configparser.Error, UnicodeDecodeError) as e:
-        why = "it is not encoded as UTF-8" if isinstance(e, UnicodeDecodeError) else " ".join(str(e).split())
+        why = "it is not encoded as UTF-8" if isinstance(e, UnicodeDecodeError) else " ".join(str(e).split())[:200]
         raise HistoDiffusionError(f"{path} cannot be read as settings ({why}): correct it.") from e
     return dict(ini["histodiffusion"])
 
@@ -74,7 +75,10 @@ def load_settings(
     value = {k: os.environ.get(f"HISTODIFFUSION_{k.upper()}", ini[k]).strip() for k in _DEFAULTS}
     for k in ("data_home", "data_mirror", "results_path", "figures_path"):
         value[k] = as_path(value[k], root) if value[k] else None
-    return Settings(root, **value)
+    try: value["max_megapixels"] = float(value["max_megapixels"])
+    except ValueError: value["max_megapixels"] = 0.
+    if value["max_megapixels"] > 0: return Settings(root, **value)
+    raise HistoDiffusionError("The setting max_megapixels is no number above 0: give millions of pixels, such as 50.")
 
 # %% ../nbs/library/00_core.ipynb #115647fd
 def hash_object(
@@ -248,19 +252,6 @@ def load_array(
     except (ValueError, EOFError, OSError) as e:
         raise HistoDiffusionError(f"{path} cannot be read ({e}): delete it and run its stage again.") from e
 
-# %% ../nbs/library/00_core.ipynb #92fd9173
-@contextlib.contextmanager
-def loading(
-    folder, # of a network
-):
-    "Name the folder of a network that cannot be loaded; libraries raise many kinds of errors on broken files."
-    try: yield
-    except HistoDiffusionError: raise
-    except Exception as e:
-        why = " ".join(str(e).split())[:200] or type(e).__name__
-        raise HistoDiffusionError(f"The network in {folder} cannot be loaded ({why}): delete its stage's folder and "
-                                  "run the stage again.") from e
-
 # %% ../nbs/library/00_core.ipynb #a08833e4
 class _Lines:
     "A file for tqdm that ends each refresh with a new line, for logs."
@@ -379,9 +370,11 @@ if torch.cuda.is_available(): print("bf16" if torch.cuda.is_bf16_supported() els
 else: print("bf16" if not torch.backends.mps.is_available() and timed() else "no")
 """
 
-def _probe():
-    "The faster precision, from a process of its own; fp32 where that process crashes."
-    done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True)
+def _probe(seconds=120):
+    "The faster precision, from a process of its own; fp32 where that process crashes or takes too long."
+    print("measuring once whether bf16 is faster than fp32 here (two minutes at most)", file=sys.stderr, flush=True)
+    try: done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired: return "no"
     return done.stdout.split()[-1] if done.returncode == 0 else "no"
 
 # %% ../nbs/library/00_core.ipynb #a33e3d35

@@ -1,5 +1,6 @@
 """Downloading, unpacking and fetching data sets, against a server on this machine that misbehaves on request."""
 
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -20,6 +21,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from fuzz_readers import mutate
 from PIL import Image
 
 from histodiffusion.app.cli import main
@@ -29,12 +31,12 @@ from histodiffusion.data.archives import UnfinishedError, unpack_archive
 from histodiffusion.data.catalogue import REGISTRY, RemoteFile, group_of
 from histodiffusion.data.download import download_file, read_ledger
 from histodiffusion.data.fetch import describe_dataset, fetch_dataset, list_datasets, verify_dataset
+from histodiffusion.data.images import read_image
 from histodiffusion.data.packed import read_h5
 from histodiffusion.data.patches import (
     dataset_fingerprint,
     dataset_folder,
     load_patches,
-    read_image,
     read_patchcamelyon,
 )
 from histodiffusion.data.phantom import PHANTOM_CLASSES, phantom_patches
@@ -98,7 +100,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not fault.get("no_length"):
             self.send_header("Content-Length", str(len(data) - start + fault.get("lie", 0)))
         self.end_headers()
-        self.wfile.write(data[start:][: fault.get("drop")])
+        if "drip" in fault:  # a byte at a time
+            with contextlib.suppress(OSError):
+                for byte in data[start:]:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(fault["drip"])
+        else:
+            self.wfile.write(data[start:][: fault.get("drop")])
 
 
 @pytest.fixture
@@ -259,6 +267,16 @@ def test_a_wrong_answer_is_one_error_and_leaves_nothing(site, tmp_path, monkeypa
     text = said(lambda: download_file(site.url("a.zip"), tmp_path / "d" / "a.zip", checksum, size))
     assert message in text and site.url("a.zip") in text
     assert names(tmp_path / "d") == []
+
+
+def test_a_server_that_drips_is_given_up_and_the_part_is_kept(site, tmp_path, monkeypatch, in_time):
+    file = site.put("a.zip", BODY)
+    site.faults = [{"drip": 0.02}] * 5
+    monkeypatch.setattr(download._Download, "timeout", 0.3)
+    text = said(lambda: download_file(file.url, tmp_path / "a.zip", file.checksum))
+    assert "less than 1000 bytes a second" in text and "to continue from there" in text
+    assert 0 < (tmp_path / ".a.zip.part").stat().st_size < 1000
+    assert download_file(file.url, tmp_path / "a.zip", file.checksum).read_bytes() == BODY
 
 
 def test_a_busy_server_is_asked_again(site, tmp_path):
@@ -749,25 +767,6 @@ def test_cli_lists_describes_fetches_and_verifies(site, monkeypatch, capsys, hom
 
 
 # ---- broken input of every kind ----
-
-
-def mutate(data: bytes, rng: random.Random) -> bytes:
-    "Flip, replace, cut, insert, blank or truncate some bytes."
-    data = bytearray(data)
-    for _ in range(rng.choice([1, 1, 2, 5, 20])):
-        i, n, kind = rng.randrange(len(data) + 1), rng.choice([1, 2, 4, 16, 200]), rng.randrange(6)
-        if kind == 0 and i < len(data):
-            data[i] ^= 1 << rng.randrange(8)
-        elif kind < 3:
-            data[i : i + n] = rng.randbytes(n) if kind == 1 else b""
-        elif kind == 3:
-            data[i:i] = rng.choice([rng.randbytes(n), bytes(n), b"\xff" * n, b"../" * n])
-        elif kind == 4:
-            data[i : i + n] = rng.choice([b"\0", b"\xff"]) * n
-        elif rng.random() < 0.3:
-            del data[i:]
-        data = data or bytearray(b"x")
-    return bytes(data)
 
 
 def survive(call):

@@ -50,8 +50,9 @@ def test_settings_are_what_the_library_reads(ini, monkeypatch):
     read = set(load_settings(ROOT).__dataclass_fields__) - {"root"}
     assert set(ini["histodiffusion"]) - set(ini["DEFAULT"]) == read
     for key in read:
-        monkeypatch.setenv(f"HISTODIFFUSION_{key.upper()}", "elsewhere")
-        assert "elsewhere" in str(getattr(load_settings(ROOT), key))
+        value = "77.5" if key == "max_megapixels" else "elsewhere"
+        monkeypatch.setenv(f"HISTODIFFUSION_{key.upper()}", value)
+        assert value in str(getattr(load_settings(ROOT), key))
 
 
 def test_every_package_is_installed_and_every_notebook_of_a_stage_with_it(pyproject):

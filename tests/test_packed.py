@@ -8,6 +8,7 @@ from PIL import Image
 from histodiffusion.app.cli import main
 from histodiffusion.core import HistoDiffusionError
 from histodiffusion.data.leakage import leakage, split_groups
+from histodiffusion.data.packed import pack_images
 from histodiffusion.data.patches import dataset_fingerprint, load_patches, packed_dataset, split_patches
 from histodiffusion.data.phantom import phantom_patches
 from histodiffusion.data.pool import unlabelled_pool
@@ -73,13 +74,26 @@ def test_a_set_is_packed_once_and_again_when_a_file_changes(home):
     assert np.array_equal(second[0], image) and not np.array_equal(first[0], image)
 
 
-def test_an_interrupted_packing_leaves_nothing(home):
+def test_corrupt_images_are_packed_around_once_and_named_each_time(home):
     spec = write_set(home / "set")
     (home / "set" / "ADI" / "5.png").write_bytes(b"\x89PNG broken")
-    with pytest.raises(HistoDiffusionError, match="5.png is corrupt"):
-        packed_dataset(spec)
-    assert not list((home / "data" / "packed").glob("*folder*"))
-    assert len(packed_dataset(spec, skip_corrupt=True)) == 23
+    for _ in range(2):
+        with pytest.raises(HistoDiffusionError, match="5.png is corrupt"):
+            packed_dataset(spec)
+    packed = packed_dataset(spec, skip_corrupt=True)
+    assert (len(packed), [name for name, _ in packed.corrupt]) == (23, ["ADI/5.png"])
+    assert len(list((home / "data" / "packed").glob("*folder*"))) == 1
+
+
+def test_an_interrupted_packing_leaves_nothing(home):
+    def read(item):
+        if item == 5:
+            raise KeyboardInterrupt
+        return np.zeros((8, 8), np.uint8)
+
+    with pytest.raises(KeyboardInterrupt):
+        pack_images(range(9), home / "packed", read)
+    assert not list(home.glob("*packed*"))
 
 
 def test_copies_never_cross_a_split(home):

@@ -21,7 +21,8 @@ class RunOptions:
     "The options that describe a run; all further options are settings of its profile."
 
     profile: str = field(default_factory=lambda: load_settings().profile) # preset of scale: smoke, small, gpu or paper
-    dataset: str = "phantom:target" # labelled set: phantom:LABORATORY[:N[:SEED]], folder:PATH with class/image, or a name
+    dataset: str = "phantom:target" # labelled set: phantom:LABORATORY[:N[:SEED]], folder:PATH with class/image, npz:PATH, or a name
+    labels: str = "" # table for folder:PATH (.csv with columns file and label, patient, slide or split); none: its manifest.csv
     pretrain_sets: tuple[str, ...] = () # unlabelled sets to pre-train on; none given: those that suit the target
     skip_corrupt: bool = False # name corrupt images and leave them out, instead of stopping
     allow_leakage: bool = False # go on though pre-training sets repeat test patches of the target
@@ -41,12 +42,21 @@ class RunOptions:
         from histodiffusion.study.run import Run
 
         preset = profiles.get_profile(self.profile).settings()
-        sections = [getattr(self, f.name) for f in fields(self)[6:14]]
+        sections = [getattr(self, name) for name in section_names()]
         values = {f.name: getattr(s, f.name) for s in sections for f in fields(s)}
-        run = Run(self.profile, self.dataset, self.pretrain_sets or None, skip_corrupt=self.skip_corrupt,
+        if self.labels and not self.dataset.startswith("folder:"):
+            raise HistoDiffusionError(f"--labels names a table for a folder, and --dataset is '{self.dataset}': give "
+                                      "--dataset folder:PATH.")  # fmt: skip
+        dataset = self.dataset + f",labels={self.labels}" * bool(self.labels)
+        run = Run(self.profile, dataset, self.pretrain_sets or None, skip_corrupt=self.skip_corrupt,
                   overrides={k: v for k, v in values.items() if k in self.typed or v != preset[k]},
                   allow_leakage=self.allow_leakage, skip_leaks=self.skip_leaks)  # fmt: skip
         return run.with_seed(run.settings.seeds[0])
+
+
+def section_names() -> list[str]:
+    "The options of a run that are sections of settings."
+    return [f.name for f in fields(RunOptions) if isinstance(f.default, tuple(profiles.SECTIONS))]
 
 
 @dataclass(frozen=True)
@@ -229,7 +239,7 @@ def parse(argv: list[str]):
     profile = next((a.partition("=")[2] for a in argv if a.startswith("--profile=")), profile)
     preset = profiles.get_profile(profile or load_settings().profile)  # refuses an unknown one
     pick = lambda section: section(**{f.name: getattr(preset, f.name) for f in fields(section)})  # noqa: E731
-    defaults = dict(zip([f.name for f in fields(RunOptions)[6:]], map(pick, profiles.SECTIONS)), profile=preset.name)
+    defaults = dict(zip(section_names(), map(pick, profiles.SECTIONS)), profile=preset.name)
     defaults["typed"] = tuple(word.partition("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--"))
 
     def subcommand(name, c, text):

@@ -10,7 +10,7 @@ def one_name(options) -> str:
     if len(options.names) != 1:
         raise HistoDiffusionError(f"'data {options.action}' needs the NAME of one set: see 'histodiffusion data list'.")
     name = options.names[0]
-    if name.startswith(("folder:", "phantom:")):
+    if name.startswith(("folder:", "npz:", "phantom:")):
         raise HistoDiffusionError(f"'data {options.action}' is for sets of the catalogue, and '{name}' needs no entry in "
                                   f"it: 'histodiffusion data audit {name}' says what it contains.")  # fmt: skip
     return name
@@ -25,7 +25,7 @@ def show(options) -> None:
     run = options.make()
     c, target = run.settings, run.target
     patches = load_patches(target, c.image_size, run.channels, skip_corrupt=run.skip_corrupt)
-    splits = target_splits(target, patches.keys, patches.labels, patches.groups, c.image_size)[1]
+    splits = target_splits(target, patches.keys, patches.labels, patches.groups, c.image_size, patches.splits)[1]
     train = patches.subset(splits["train"])
     labelled = labelled_fraction(train.labels, train.keys, c.label_fraction, run.seed, patches.classes)
     counts = {name: patches.subset(i).counts() for name, i in splits.items()}
@@ -36,9 +36,39 @@ def show(options) -> None:
     rows["all"] = {n: sum(v.values()) for n, v in counts.items()}
     for name, row in rows.items():
         print(f"{name:<{width}}" + "".join(f"{v if name else n:>18}" for n, v in row.items()))
+    print(f"\n{grouping(target, patches)}")
+    for note in notes(target):
+        print(f"note: {note}")
     print("\nunlabelled patches for pre-training")
     for name, n in pool_counts(run.sets, c.pretrain_patches, c.image_size).items():
         print(f"{name:<26}{n:>9}   fingerprint {run.fingerprint(name)}")
+
+
+def grouping(target, patches) -> str:
+    "What the splits of a labelled set keep together."
+    from histodiffusion.data.patches import dataset_layout, in_arrays
+
+    given = "splits as the set gives them" if patches.splits else "splits made here, 60, 10 and 30 %"
+    if not patches.groups:
+        return f"{given}; no patient or slide is known" + ", so they follow the content of each patch" * (not patches.splits)
+    kind = "patient or slide" if in_arrays(target) else dataset_layout(target).grouping
+    known = [g for g in patches.groups if g]
+    rest = f", the other {len(patches) - len(known)} go by content" * (len(known) < len(patches))
+    return f"{given}; {len({*known})} {kind}s group {len(known)} patches{rest}"
+
+
+def notes(target) -> list:
+    "What a reader should know of the images of a set, a sentence each."
+    from histodiffusion.data.patches import dataset_channels, dataset_kinds, dataset_layout, in_arrays, packed_dataset
+
+    if target.startswith("phantom:") or in_arrays(target):
+        return []
+    kinds, corrupt = dataset_kinds(target), packed_dataset(target, skip_corrupt=True).corrupt
+    odd, other = ("grey", "colour") if dataset_channels(target) == 3 else ("colour", "grey")
+    of = f"of {sum(kinds.values())} images"
+    mixed = [f"{kinds[odd]} {of}: {odd}, and made {other} like the others"] if kinds.get(odd) else []
+    left = [f"{len(corrupt)} {of}: cannot be read and left out, such as {corrupt[0][0]}"] if corrupt else []
+    return dataset_layout(target).notes + mixed + left
 
 
 def list_sets(options) -> None:
@@ -54,7 +84,8 @@ def list_sets(options) -> None:
         kind = "labelled" if d.labelled else "unlabelled"
         print(f"{d.name:<26} {dataset_state(d.name):<8} {d.title}; {kind}; licence: {d.licence}")
     mirror = here.data_mirror or "none; set HISTODIFFUSION_DATA_MIRROR to the folder that has the missing ones"
-    print(f"{'folder:PATH':<26} yours    class/image below PATH when labelled, any depth otherwise\n"
+    print(f"{'folder:PATH':<26} yours    class/image below PATH when labelled, any depth otherwise; --labels gives a table\n"
+          f"{'npz:PATH':<26} yours    a file in MedMNIST's layout, with its splits\n"
           f"to fetch: 'histodiffusion data fetch NAME' writes it to {here.data_home}; by hand: 'data describe NAME' "
           f"says where from\nmirror: {mirror}")  # fmt: skip
 
@@ -96,7 +127,7 @@ def audit(options) -> None:
     from histodiffusion.study.run import full_name
 
     run = None if options.names else options.make()
-    own = [full_name(n) if n.startswith(("folder:", "phantom:")) else n for n in options.names]
+    own = [full_name(n) if n.startswith(("folder:", "npz:", "phantom:")) else n for n in options.names]
     names = "mirror" if own == ["mirror"] else own or [run.target, *run.sets]
     audits = [audit_set(name) for name in known_sets(names)]
     columns = ["set", "images", "side", "classes", "licence", "corrupt", "exact", "near", "flat", "conflicts", "crossings"]
@@ -111,7 +142,8 @@ def audit(options) -> None:
     for row in shared:
         print(f"{row['sets']} share images: {row['exact']} exact, {row['near']} near pairs, such as {row['example']}")
     if len(pairs) > len(shared):
-        print(f"{len(pairs) - len(shared)} pairs of sets share nothing that was found")
+        print(f"{len(pairs) - len(shared)} pairs of sets share nothing that was found: whole images are compared, in all "
+              "eight positions; crops of larger images are not searched for")  # fmt: skip
 
 
 ACTIONS = {"show": show, "list": list_sets, "fetch": fetch, "describe": describe, "verify": verify, "audit": audit}

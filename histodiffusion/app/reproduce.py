@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..core import HistoDiffusionError, load_settings, read_json
-from ..data.patches import dataset_classes, in_hdf5, list_images, packed_dataset, parse_phantom
+from ..data.patches import dataset_classes, in_arrays, list_images, packed_dataset, parse_phantom
 from ..study.artefacts import check_leakage, command_of, remove_stage
 from ..study.checks import check_run
 from ..study.prior import is_published
@@ -112,8 +112,8 @@ def duration(
 def _count(target):
     "Patches and classes of a labelled set."
     if target.startswith("phantom:"): return parse_phantom(target)[1], 9
-    if in_hdf5(target): return len(packed_dataset(target)), len(dataset_classes(target))
-    return len(list_images(target)), len(dataset_classes(target))
+    images = packed_dataset(target) if in_arrays(target) else list_images(target)
+    return len(images), len(dataset_classes(target))
 
 def _plan_head(run):
     "What a plan is for, several lines."

@@ -10,6 +10,7 @@ __all__ = ['format_bytes', 'parse_checksum', 'check_file', 'read_ledger', 'recor
 import hashlib, os, re, shutil, time
 from datetime import date
 from pathlib import Path
+from urllib.parse import urljoin
 
 from fastcore.basics import patch
 
@@ -94,10 +95,12 @@ def forget_download(
 
 # %% ../../nbs/library/data/06_download.ipynb #27178819
 class _Retry(Exception): "A failure that another attempt may get past."
+class _Slow(_Retry): "Bytes arrive, but so few that the download would not end."
 
 class _Download:
     "One download, and the part of the file that has been received."
     tries, timeout, wait = 5, 30., 1. # attempts in a row without a new byte; silence, s; delay before a retry, s
+    slowest = 1000. # bytes a second; slower for as long as `timeout` counts as an attempt without a new byte
     def __init__(self, url, path, known=None, size=None):
         self.url, self.path, self.known, self.size = url, path, known, size
         self.part, self.note = (path.with_name(f".{path.name}{end}") for end in (".part", ".part.json"))
@@ -174,11 +177,23 @@ def receive(self:_Download, answer, start):
     with progress(total=self.total, desc=self.path.name, unit="B", initial=start) as bar, open(self.part, "ab") as f:
         bar.unit_scale = True
         try:
-            for chunk in answer.raw.stream(1 << 16, decode_content=False):
+            since, before = time.monotonic(), f.tell()
+            while chunk := answer.raw.read1(1 << 16, decode_content=False):  # what has arrived, at once
                 f.write(chunk); bar.update(len(chunk))
                 if self.size is not None and f.tell() > self.size: break
+                if (seconds := time.monotonic() - since) < self.timeout: continue
+                if f.tell() - before < self.slowest*seconds: raise _Slow(f"less than {self.slowest:.0f} bytes a second")
+                since, before = time.monotonic(), f.tell()
         except HTTPError as e: raise _Retry("the connection broke") from e
     if self.received() < (self.total or 0): raise _Retry("the connection broke")
+
+# %% ../../nbs/library/data/06_download.ipynb #faf76396
+@patch
+def refuse_downgrade(self:_Download, answer, **_):
+    "Stop before a redirect from https to http is followed, on which anyone could change the file."
+    to = urljoin(answer.url, answer.headers.get("Location", ""))
+    if answer.is_redirect and answer.url.startswith("https://") and not to.startswith("https://"):
+        self.stop(f"it redirects to {to.partition(':')[0]}, which is not encrypted")
 
 # %% ../../nbs/library/data/06_download.ipynb #88add9e6
 @patch
@@ -188,7 +203,8 @@ def attempt(self:_Download):
     have, version = self.resume_point()
     headers = {"Accept-Encoding": "identity", "User-Agent": "histodiffusion"}
     if have: headers |= {"Range": f"bytes={have}-"} | ({"If-Range": version} if version else {})
-    try: answer = requests.get(self.url, headers=headers, stream=True, timeout=self.timeout)
+    options = dict(headers=headers, stream=True, timeout=self.timeout, hooks=dict(response=self.refuse_downgrade))
+    try: answer = requests.get(self.url, **options)
     except (requests.RequestException, ValueError) as e:
         if self.answered: raise _Retry(type(e).__name__) from e
         self.stop(type(e).__name__, keep=True)
@@ -205,7 +221,8 @@ def run(self:_Download):
     while True:
         try: return self.attempt()
         except _Retry as e:
-            failures, most = 1 if self.received() > most else failures + 1, max(most, self.received())
+            newer = self.received() > most and not isinstance(e, _Slow)
+            failures, most = 1 if newer else failures + 1, max(most, self.received())
             if failures >= self.tries: self.stop(str(e), keep=True)
             time.sleep(min(30, self.wait*2**(failures - 1)))
 

@@ -17,7 +17,8 @@ from filelock import FileLock, Timeout
 
 from ..core import HistoDiffusionError, load_settings, progress, write_json
 from .catalogue import DatasetInfo, REGISTRY, dataset_info
-from .patches import _here, _how_to_get, list_images, read_image, read_patchcamelyon
+from .images import find_images, read_image
+from .patches import _here, _how_to_get, read_patchcamelyon
 from .download import check_file, download_file, forget_download, format_bytes, recorded_checksum
 from .archives import UnfinishedError, unpack_archive
 
@@ -72,7 +73,7 @@ def count_images(
     "Images in each class of a folder, or in each split of PatchCamelyon."
     folder = Path(folder).resolve()
     if layout == "folders":
-        files = [p.relative_to(folder).parts for p in list_images(f"folder:{folder}")]
+        files = [p.relative_to(folder).parts for p in find_images(folder)[0]]
         return dict(Counter(f[0] for f in files if len(f) > 1 and not f[0].startswith((".", "__"))))
     found = {}
     for split in ("train", "valid", "test"):
@@ -190,7 +191,7 @@ def _check_readable(folder, info):
                 for i in progress(range(0, len(images), 1024), desc=split, unit="slice"): images[i:i + 1024]
         return "all"
     bad = []
-    for p in progress(list_images(f"folder:{folder}"), desc=info.name, unit="image"):
+    for p in progress(find_images(folder)[0], desc=info.name, unit="image"):
         try: read_image(p)
         except HistoDiffusionError as e: bad.append(str(e))
     if bad: raise HistoDiffusionError(f"{len(bad)} cannot be read, the first: {bad[0]}")

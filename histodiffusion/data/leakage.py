@@ -44,10 +44,11 @@ def target_splits(
     labels, # (N,) classes, numbers or names
     patients:list|None=None, # (N,) patient or slide of each patch, '' if unknown; None: all unknown
     size:int=64, # side of a phantom's patches, px
+    given:list|None=None, # (N,) split of each patch, where the set says it, ''; None: nowhere
 ) -> tuple: # (N,) groups or None, and split name -> indices
     "The groups and the splits of a labelled set."
     groups = split_groups(spec, keys, patients, size)
-    return groups, split_patches(keys, groups, labels if patients and any(patients) else None)
+    return groups, split_patches(keys, groups, labels if patients and any(patients) else None, given)
 
 # %% ../../nbs/library/data/12_leakage.ipynb #79460e2f
 LEAK_COLUMNS = ["target", "pretrain", "pretrain_file", "target_file", "index", "label", "split", "distance", "kind"]
@@ -57,15 +58,15 @@ def leakage(
     pretrain_sets, # names of the unlabelled sets
     size:int=64, # side of phantoms' patches, px
 ) -> pd.DataFrame: # a row per pair; index counts the target's readable patches, as `load_patches` does
-    "The target's patches that pre-training sets repeat, with the split of each."
-    table, rows, patients = scan_set(target, size).table, [], {}
+    "The target's patches that pre-training sets repeat, whole and in any position, with the split of each."
+    table, rows = scan_set(target, size).table, []
     labelled, split = (table.label != "").to_numpy(), np.full(len(table), "", dtype=object)
+    owners, given = [""]*int(labelled.sum()), None
     if not target.startswith("phantom:"):
-        packed = packed_dataset(target, True)
-        patients = dict(zip(packed.names, packed.groups))
-    keys, names = table.key[labelled].tolist(), table.file[labelled]
-    owners, labels = [patients.get(n, "") for n in names], table.label[labelled].tolist()
-    for name, i in target_splits(target, keys, labels, owners, size)[1].items():
+        packed = packed_dataset(target, True)  # its images are the rows of the scan
+        owners, given = ([x[i] for i in np.flatnonzero(labelled)] for x in (packed.groups, packed.splits))
+    keys, labels = table.key[labelled].tolist(), table.label[labelled].tolist()
+    for name, i in target_splits(target, keys, labels, owners, size, given)[1].items():
         split[np.flatnonzero(labelled)[i]] = name
     for s in pretrain_sets:
         p = find_overlap(s, target, size=size)
@@ -107,7 +108,7 @@ def write_leaks(
     target:str, # name of the labelled set
 ) -> Path:
     "Replace the rows of one target in a file, and keep those of other targets."
-    old = pd.read_csv(path, dtype=object) if Path(path).exists() else leaks[:0]
+    old = pd.read_csv(path, dtype=object, keep_default_na=False) if Path(path).exists() else leaks[:0]
     parts = [p for p in (old[old.target != target], leaks) if len(p)]
     with atomic_path(path) as p: (pd.concat(parts) if parts else leaks[:0]).to_csv(p, index=False)
     return Path(path)

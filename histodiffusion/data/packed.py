@@ -96,6 +96,8 @@ class PackedImages:
     names: list # (N,) name of each image within its set
     keys: list # (N,) content keys
     groups: list # (N,) slide or patient, '' where unknown
+    splits: list # (N,) 'train', 'validation' or 'test' where the set says it, else ''
+    corrupt: list # (name, reason) of each image that could not be read and is left out
 
     def __len__(self): return len(self.starts)
 
@@ -111,19 +113,31 @@ class PackedImages:
         return self.pixels.reshape(len(self), *self.shapes[0].tolist())
 
 # %% ../../nbs/library/data/04_packed.ipynb #b71152b5
-FORMAT = 1  # raised when the meaning of the files changes
+FORMAT = 2  # raised when the meaning of the files changes
+
+def _fits(p):
+    "Whether the index of a packed set describes its pixels."
+    n, (h, w, c) = len(p.starts), p.shapes.T
+    lists = all(isinstance(x, list) and len(x) == n for x in (p.names, p.keys, p.groups, p.splits))
+    shapes = ((1 <= h) & (h < 1 << 20) & (1 <= w) & (w < 1 << 20) & ((c == 1) | (c == 3))).all()
+    inside = shapes and ((p.starts >= 0) & (p.starts <= len(p.pixels) - h*w*c)).all()
+    return lists and inside and len(p.labels) == n and ((p.labels >= -1) & (p.labels < len(p.classes))).all()
 
 def open_packed(
     folder, # what `pack_images` wrote
 ) -> PackedImages:
-    "Open a packed set; an incomplete one is refused."
+    "Open a packed set; an incomplete or damaged one is refused."
     pixels, index = Path(folder)/"pixels.u8", Path(folder)/"index.json"
-    about, size = read_json(index) if index.is_file() else {}, pixels.stat().st_size if pixels.is_file() else -1
-    if about.get("format") != FORMAT or size != about["bytes"]:
-        raise HistoDiffusionError(f"{folder} is not a complete packed set: delete it, and it is packed again.")
-    arrays = {k: v.numpy() for k, v in load_tensors(Path(folder)/"index.safetensors").items()}
-    return PackedImages(np.memmap(pixels, np.uint8, "r"), arrays["starts"], arrays["shapes"], arrays["labels"],
-                        tuple(about["classes"]), about["names"], about["keys"], about["groups"])
+    try:
+        about = read_json(index)
+        if about["format"] == FORMAT and pixels.stat().st_size == about["bytes"]:
+            arrays = {k: v.numpy() for k, v in load_tensors(Path(folder)/"index.safetensors").items()}
+            packed = PackedImages(np.memmap(pixels, np.uint8, "r"), arrays["starts"], arrays["shapes"],
+                                  arrays["labels"], tuple(about["classes"]),
+                                  *(about[k] for k in ("names", "keys", "groups", "splits", "corrupt")))
+            if _fits(packed): return packed
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, HistoDiffusionError): pass
+    raise HistoDiffusionError(f"{folder} is not a complete packed set: delete it, and it is packed again.")
 
 # %% ../../nbs/library/data/04_packed.ipynb #3a66ae51
 def _as_pixels(image):
@@ -151,39 +165,43 @@ def pack_images(
     labels:np.ndarray|None=None, # (N,) labels in 0..K-1; None: unlabelled
     classes:tuple=(), # K class names
     groups:list|None=None, # (N,) slide or patient, '' where unknown
-    skip_corrupt:bool=False, # report corrupt images and leave them out, instead of stopping
+    splits:list|None=None, # (N,) split of each image, '' where not given
+    skip_corrupt:bool=False, # leave corrupt images out and list them, instead of stopping
     desc:str="packing", # for the progress bar
 ) -> PackedImages:
     "Decode images once, into one file that is mapped into memory."
     items = list(items)
     with atomic_path(folder) as new:
         new.mkdir()
-        kept, size = _write_pixels(items, new/"pixels.u8", read, skip_corrupt, desc)
-        if not kept: raise HistoDiffusionError(f"None of {len(items)} images can be read: check the data set.")
+        kept, size, bad = _write_pixels(items, new/"pixels.u8", read, skip_corrupt, desc)
+        if not kept:
+            raise HistoDiffusionError(f"None of {len(items)} images can be read (the first: {bad[0][1]})"
+                                      if bad else "There is no image to pack: check the data set.")
         chosen, keys, shapes, starts = zip(*kept)
         pick = lambda values, default: [default if values is None else values[i] for i in chosen]
         arrays = dict(starts=starts, shapes=shapes, labels=pick(labels, -1))
         save_tensors(new/"index.safetensors", {k: np.array(v, np.int64) for k, v in arrays.items()})
         write_json(new/"index.json", dict(
             format=FORMAT, bytes=size, names=[str(i) for i in chosen] if names is None else pick(names, ""),
-            keys=keys, classes=list(classes), groups=pick(groups, "")))
+            keys=keys, classes=list(classes), groups=pick(groups, ""),
+            splits=pick(splits, ""), corrupt=[(str(i) if names is None else names[i], why) for i, why in bad]))
     return open_packed(folder)
 
 # %% ../../nbs/library/data/04_packed.ipynb #2219d9d3
 def _write_pixels(items, path, read, skip_corrupt, desc):
-    "Write the pixels of all readable images; gives (index, key, shape, start) of each, and the bytes in all."
-    kept = []
+    "Write the pixels of all readable images: (index, key, shape, start) of each, all bytes, (index, reason) of others."
+    kept, bad = [], []
     with open(path, "wb") as f:
         for i, item in enumerate(progress(items, desc=desc, unit="image")):
             try: image = _as_pixels(read(item))
             except HistoDiffusionError as e:
                 if not skip_corrupt: raise
-                print(f"skipped: {e}")
+                bad.append((i, str(e)))
                 continue
             if not kept: _check_disk(path.parent, image.nbytes*len(items))
             kept.append((i, content_key(image), image.shape, f.tell()))
             f.write(image.data)
-        return kept, f.tell()
+        return kept, f.tell(), bad
 
 # %% ../../nbs/library/data/04_packed.ipynb #be1e8977
 def images_to_tensor(

@@ -12,7 +12,7 @@ from PIL import Image
 from ..core import HistoDiffusionError, derive_seed, load_settings, progress
 from .catalogue import REGISTRY
 from .patches import (
-    _picture, in_hdf5, list_images, packed_dataset, parse_phantom, read_image, short_name)
+    _picture, packed_dataset, parse_phantom, short_name)
 from .phantom import LABORATORIES
 
 # %% ../../nbs/library/data/09_pool.ipynb #fe7c39aa
@@ -33,12 +33,10 @@ def cut_patch(
 
 # %% ../../nbs/library/data/09_pool.ipynb #245ede2c
 def _area(spec):
-    "Number of images and pixels of a set, from the size of its first image."
+    "Number of readable images and of pixels of a set."
     if spec.startswith("phantom:"): return (n := parse_phantom(spec)[1]), 64*64*n
-    if in_hdf5(spec): return len(p := packed_dataset(spec)), len(p.pixels)//3
-    files = list_images(spec)
-    w, h = read_image(files[0]).size
-    return len(files), w*h*len(files)
+    p = packed_dataset(spec, skip_corrupt=True)
+    return len(p), int(p.shapes[:, :2].prod(1).sum())
 
 def _fields(spec, image_side, size):
     "Sides of the squares cut from an image, px."
@@ -95,7 +93,8 @@ def default_pretraining(
     target:str, # name of the labelled set
 ) -> tuple: # names of pre-training sets
     "The unlabelled sets for a target; without a mirror a folder of yours gets phantoms."
-    if target.startswith("phantom:") or (target.startswith("folder:") and load_settings().data_mirror is None):
+    own_files = target.startswith(("folder:", "npz:"))
+    if target.startswith("phantom:") or own_files and load_settings().data_mirror is None:
         own = parse_phantom(target)[0] if target.startswith("phantom:") else None
         return tuple(f"phantom:{lab}:450" for lab in LABORATORIES if lab not in (own, "target"))
     source = REGISTRY[target].source if target in REGISTRY else None

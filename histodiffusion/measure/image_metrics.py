@@ -13,6 +13,12 @@ from ..core import HistoDiffusionError
 from .selection import unit_features
 
 # %% ../../nbs/library/measure/02_image_metrics.ipynb #1061a7a8
+def _finite(*features):
+    "Sets of features as float64, all numbers finite."
+    found = [np.asarray(f, dtype=np.float64) for f in features]
+    if all(np.isfinite(f).all() for f in found): return found
+    raise HistoDiffusionError("Some features are not finite: check the encoder and the patches that it was given.")
+
 def _centred_root(f):
     "Mean of features, and a root R of their covariance, R'R."
     mean = f.mean(0)
@@ -23,7 +29,7 @@ def frechet_distance(
     features_b:np.ndarray, # (M, D) features of the other, by the same encoder
 ) -> float: # squared distance, >= 0, in the features' unit squared
     "Fréchet distance between two sets of features (the form that FID reports)."
-    a, b = (np.asarray(f, dtype=np.float64) for f in (features_a, features_b))
+    a, b = _finite(features_a, features_b)
     if min(len(a), len(b)) < 2 or a.shape[1:] != b.shape[1:]:
         raise HistoDiffusionError(f"No distance between {a.shape} and {b.shape}: encode more patches by one encoder.")
     (mean_a, a), (mean_b, b) = _centred_root(a), _centred_root(b)
@@ -62,7 +68,7 @@ def kernel_distance(
     seed:int=0, # of the subsets
 ) -> tuple: # mean and standard deviation over the subsets; the mean can be slightly below 0
     "Squared kernel distance between two sets of features (the form that KID reports)."
-    a, b = (np.asarray(f, dtype=np.float64) for f in (features_a, features_b))
+    a, b = _finite(features_a, features_b)
     m = subset_size or max(2, min(1000, min(len(a), len(b))//2))
     if a.shape[1:] != b.shape[1:] or not 2 <= m <= min(len(a), len(b)):
         raise HistoDiffusionError(f"No subsets of {m} in features {a.shape} and {b.shape}: "
@@ -82,7 +88,7 @@ def precision_recall_density_coverage(
 ) -> dict: # precision, recall and coverage in 0..1, density >= 0
     "Precision, recall, density and coverage of synthetic features."
     from sklearn.metrics import pairwise_distances_chunked as chunked
-    real, synthetic = (np.asarray(f, dtype=np.float64) for f in (real, synthetic))
+    real, synthetic = _finite(real, synthetic)
     if not 0 < k < min(len(real), len(synthetic)):
         raise HistoDiffusionError(f"Features {real.shape} and {synthetic.shape} have no {k}-th neighbour: encode more "
                                   "patches, or give a smaller k.")

@@ -7,6 +7,7 @@ __all__ = ['noise_schedule', 'build_unet', 'loss_weights', 'LatentSampler', 'Dif
            'train_diffusion']
 
 # %% ../../nbs/library/models/04_diffusion.ipynb #7982dfd7
+import math
 from dataclasses import replace
 
 import torch
@@ -40,10 +41,11 @@ def build_unet(
         raise HistoDiffusionError(f"Latents of side {latent_size} cannot be halved {len(widths) - 1} times: "
                                   "use fewer levels.")
     return UNet2DModel(sample_size=latent_size, in_channels=latent_channels, out_channels=latent_channels,
-                       block_out_channels=tuple(widths), layers_per_block=layers, attention_head_dim=32,
+                       block_out_channels=tuple(widths), layers_per_block=layers,
+                       attention_head_dim=min(32, *widths),
                        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
                        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
-                       norm_num_groups=min(16, *widths))
+                       norm_num_groups=math.gcd(16, *widths))
 
 # %% ../../nbs/library/models/04_diffusion.ipynb #1e3c3c6a
 def loss_weights(

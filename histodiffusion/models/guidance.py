@@ -31,7 +31,8 @@ def guided_noise(
     alpha_bar, # ᾱ_t in 0..1
     prediction_type:str="epsilon", # or 'v_prediction'
 ) -> torch.Tensor:
-    "ε̂ = ε - s √(1-ᾱ) ∇ log p; for v the same shift, divided by √ᾱ since ε = √(1-ᾱ) z + √ᾱ v."
+    "ε̂ = ε - s √(1-ᾱ) ∇ log p; for v the same shift, divided by √ᾱ since ε = √(1-ᾱ) z + √ᾱ v; none where ᾱ is 0."
+    if alpha_bar < 1e-6: return prediction  # noise alone, as at the first time of a zero-terminal-SNR schedule
     shift = scale*(1 - alpha_bar)**.5*gradient
     return prediction - (shift if prediction_type == "epsilon" else shift/alpha_bar**.5)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'FitConfig', 'Fit', 'learning_rate_factor', 'ema_decay', 'choose_precision', 'mixed_precision',
-           'normal_like', 'fit', 'draw_balanced']
+           'normal_like', 'fit', 'draw_balanced', 'load_network']
 
 # %% ../../nbs/library/models/01_training.ipynb #e7057c58
 import contextlib, math, time
@@ -242,3 +242,16 @@ def draw_balanced(
     "Draw with replacement, classes in equal shares."
     k, u = torch.randint(len(members), (n,), generator=generator), torch.rand(n, generator=generator)
     return torch.stack([members[c][int(v*len(members[c]))] for c, v in zip(k.tolist(), u.tolist())])
+
+# %% ../../nbs/library/models/01_training.ipynb #39b59b1a
+def load_network(
+    kind, # class of diffusers, such as UNet2DModel
+    folder, # what its `save_pretrained` wrote
+):
+    "A network from its folder; the error for a damaged one names it."
+    if not (Path(folder)/"config.json").is_file():
+        raise HistoDiffusionError(f"{folder} contains no network: run its stage again.")
+    try: return kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False)
+    except Exception as e:  # diffusers and safetensors raise many kinds on damaged files
+        why = " ".join(str(e).split())[:200] or type(e).__name__
+        raise HistoDiffusionError(f"{folder} is no readable network ({why}): delete it and run its stage again.") from e

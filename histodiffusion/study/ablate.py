@@ -29,6 +29,7 @@ from ..models.encoders import PACKAGED
 from ..models.guidance import ClassifierGuidance
 from ..models.latent_classifier import LabelledLatents, LatentClassifier, noise_report
 from ..models.sampling import SamplingConfig, calibrate_rejection, load_pipeline, synthesize_patches
+from ..models.training import load_network
 from .artefacts import make_stage, stage
 from .compare import PatchQuality
 from .prior import is_published
@@ -206,7 +207,7 @@ def unet(self:Adapter,
         latents = self.latents(fraction) if data == "labelled" else unlabelled_latents(self.run, self.vae, self.prior)
         fine_tune(self.run, latents, copy.deepcopy(self.prior), self.run.settings.ablation_finetune_steps, how,
                   path.with_name(f"{path.name}-training"), mode).model.save_pretrained(path)
-    unet = UNet2DModel.from_pretrained(path)
+    unet = load_network(UNet2DModel, path)
     return attach(unet, self.prior.condition) if hasattr(self.prior, "condition") else unet
 
 # %% ../../nbs/library/study/09_ablate.ipynb #23e65ea8

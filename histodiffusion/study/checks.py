@@ -15,15 +15,15 @@ from .run import Run, check_names
 
 # %% ../../nbs/library/study/11_checks.ipynb #249faf97
 def _labelled_set(run):
-    "Labels, content keys and patients of a run's labelled set; None for large phantoms, which lack nothing."
+    "Labels, keys, patients and given splits of a labelled set; None for large phantoms, which lack nothing."
     n = parse_phantom(run.target)[1] if run.target.startswith("phantom:") else 0
     if n > 900 and n*run.settings.label_fraction > 150: return None  # ten labelled patches of each class
     if run.target.startswith("phantom:"):
         patches = load_patches(run.target, run.settings.image_size, run.channels)
-        return patches.labels, patches.keys, None
+        return patches.labels, patches.keys, None, None
     packed = packed_dataset(run.target, run.skip_corrupt)
     labelled = np.flatnonzero(packed.labels >= 0)
-    return packed.labels[labelled], [packed.keys[i] for i in labelled], [packed.groups[i] for i in labelled]
+    return packed.labels[labelled], *([x[i] for i in labelled] for x in (packed.keys, packed.groups, packed.splits))
 
 def check_networks(run:Run):
     "Refuse names of networks that do not exist."
@@ -42,14 +42,15 @@ def check_run(run:Run) -> list: # warnings, a sentence each
         raise HistoDiffusionError(f"'{run.target}' is grey, and grey patches have no stain: leave --stain out.")
     if len(classes) < 2:
         raise HistoDiffusionError(f"'{run.target}' has {len(classes)} class, and a classifier needs two or more: "
-                                  "arrange the images as class/image.")
+                                  "arrange the images as class/image, or give a table with --labels.")
     few = len(c.seeds) < 5 and run.profile != "smoke"
     seeds = [f"{len(c.seeds)} seed{'s'*(len(c.seeds) > 1)}: a headline needs 5"]*few
     if (labelled := _labelled_set(run)) is None: return seeds
     from histodiffusion.data.leakage import target_splits  # slow
-    labels, keys, patients = labelled
-    splits = target_splits(run.target, keys, labels, patients, c.image_size)[1]
-    warnings = check_target(labels, keys, classes, splits, c.label_fraction, c.seeds, patients)
+    labels, keys, patients, given = labelled
+    groups, splits = target_splits(run.target, keys, labels, patients, c.image_size, given)
+    owners = groups if given and any(given) else patients  # only a given split can divide copies
+    warnings = check_target(labels, keys, classes, splits, c.label_fraction, c.seeds, owners)
     return warnings + _ablation_warnings(c, np.bincount(labels[splits["train"]]).min()) + seeds
 
 def _ablation_warnings(c, fewest):

@@ -15,8 +15,9 @@ from fastcore.basics import patch
 
 from ..core import (
     HistoDiffusionError, as_path, best_precision, card_html, check_files, hash_object, load_settings, read_json)
-from ..data.catalogue import REGISTRY
-from ..data.patches import dataset_channels, dataset_fingerprint, parse_phantom, short_name
+from ..data.catalogue import REGISTRY, dataset_info
+from ..data.patches import (
+    dataset_channels, dataset_fingerprint, folder_and_table, parse_phantom, short_name)
 from ..data.pool import default_pretraining
 from .prior import is_published, published_prior, settings_of_prior
 from .profiles import MOST, PROFILES, get_profile
@@ -48,17 +49,19 @@ class Run:
 
 # %% ../../nbs/library/study/04_run.ipynb #e7bcf8ab
 def full_name(
-    dataset:str, # phantom:LABORATORY, folder:PATH or a name in the catalogue
-) -> str: # the same; folders become absolute
+    dataset:str, # phantom:LABORATORY, folder:PATH, npz:PATH or a name in the catalogue
+) -> str: # the same; paths become absolute
     "A data set's name, checked."
     if dataset.startswith("phantom:"):
         if parse_phantom(dataset)[1] > 10**6:
             raise HistoDiffusionError(f"'{dataset[:60]}' has more patches than fit in memory: use 1000000 or fewer.")
-    elif dataset == "folder:": raise HistoDiffusionError("There is no path after 'folder:': give folder:PATH.")
-    elif dataset.startswith("folder:"): return f"folder:{as_path(dataset[7:])}"
-    elif dataset not in REGISTRY:
-        raise HistoDiffusionError(f"Unknown data set '{dataset}': use phantom:LABORATORY, folder:PATH or one of "
-                                  f"{', '.join(REGISTRY)}.")
+    elif dataset in ("folder:", "npz:"):
+        raise HistoDiffusionError(f"There is no path after '{dataset}': give {dataset}PATH.")
+    elif dataset.startswith("folder:"):
+        folder, table = folder_and_table(dataset)
+        return f"folder:{folder}" + (f",labels={table}" if table else "")
+    elif dataset.startswith("npz:"): return f"npz:{as_path(dataset[4:])}"
+    else: dataset_info(dataset)  # refuses an unknown name
     return dataset
 
 # %% ../../nbs/library/study/04_run.ipynb #1c336ab5
@@ -106,7 +109,7 @@ def share_images(
     b:str, # of another
 ) -> bool:
     "Whether two sets are of the same collection, the same phantom laboratory, or the same folder."
-    def source(s): return f"phantom:{parse_phantom(s)[0]}" if s.startswith("phantom:") else s
+    def source(s): return f"phantom:{parse_phantom(s)[0]}" if s.startswith("phantom:") else s.partition(",labels=")[0]
     return len({REGISTRY[s].source if s in REGISTRY else source(s) for s in (a, b)}) == 1
 
 # %% ../../nbs/library/study/04_run.ipynb #4ae9c27d
@@ -159,8 +162,8 @@ def slug(
 ) -> str: # lower case letters, digits and hyphens
     "A data set's name as a folder's name; folders of the same name in different places differ."
     word = lambda s: re.sub(r"[^a-z0-9]+", "-", s.lower()).strip("-")
-    if not dataset.startswith("folder:"): return word(dataset)
-    return f"{word(Path(dataset[7:]).name)}-{hash_object(dataset)[:6]}"
+    if not dataset.startswith(("folder:", "npz:")): return word(dataset)
+    return f"{word(short_name(dataset).partition(':')[2])}-{hash_object(dataset)[:6]}"
 
 # %% ../../nbs/library/study/04_run.ipynb #c2be5817
 def _plain_run(run):

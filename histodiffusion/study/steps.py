@@ -24,7 +24,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core import (
-    HistoDiffusionError, card_html, derive_seed, get_device, load_array, load_tensors, loading, read_json, read_table,
+    HistoDiffusionError, card_html, derive_seed, get_device, load_array, load_tensors, read_json, read_table,
     save_tensors, write_json, write_table)
 from ..data.leakage import held_back, leakage, target_splits
 from ..data.patches import (
@@ -51,7 +51,7 @@ from ..models.ensemble import Ensemble, train_ensemble
 from ..models.guidance import ClassifierGuidance
 from ..models.latent_classifier import LabelledLatents, noise_report, train_classifier
 from ..models.sampling import SamplingConfig, load_pipeline, save_pipeline, synthesize_patches
-from ..models.training import Fit, FitConfig
+from ..models.training import Fit, FitConfig, load_network
 from .artefacts import stage
 from .prior import is_published, prior_model
 from .run import Run, check_names
@@ -93,7 +93,8 @@ def target_data(run:Run, folder:Path):
     "Read the labelled set once, with its splits."
     check_names(dataset_classes(run.target))
     patches = load_patches(run.target, run.settings.image_size, run.channels, run.skip_corrupt)
-    groups, splits = target_splits(run.target, patches.keys, patches.labels, patches.groups, run.settings.image_size)
+    groups, splits = target_splits(run.target, patches.keys, patches.labels, patches.groups, run.settings.image_size,
+                                   patches.splits)
     check_target(patches.labels, patches.keys, patches.classes, splits, 1., (0,))  # before anything is trained
     np.save(folder/"patches.npy", _stained(run, patches.images))
     splits = {k: v.tolist() for k, v in splits.items()}
@@ -181,7 +182,7 @@ def load_autoencoder(run:Run): # AutoencoderDC
     "The trained first stage of a run."
     from diffusers import AutoencoderDC
     if run.settings.prior: return _prior_networks(run)[0]
-    with loading(folder := run.read("autoencoder")/"model"): return AutoencoderDC.from_pretrained(folder)
+    return load_network(AutoencoderDC, run.read("autoencoder")/"model")
 
 # %% ../../nbs/library/study/06_steps.ipynb #a899af85
 def _latents_of_pool(run, vae, folder, steps):

@@ -1,0 +1,288 @@
+"What people's folders hold: read right, or refused in one sentence."
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from histodiffusion.app.cli import main
+from histodiffusion.core import HistoDiffusionError
+from histodiffusion.data.images import read_image
+from histodiffusion.data.leakage import target_splits
+from histodiffusion.data.patches import dataset_channels, dataset_classes, list_images, load_patches, packed_dataset
+from histodiffusion.data.phantom import phantom_patches
+
+CLASSES = ("AC", "H", "S")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    for name in ("data_home", "results_path", "figures_path"):
+        monkeypatch.setenv(f"HISTODIFFUSION_{name.upper()}", str(tmp_path / "own" / name))
+    monkeypatch.delenv("HISTODIFFUSION_DATA_MIRROR", raising=False)
+    monkeypatch.setenv("HISTODIFFUSION_PROGRESS", "off")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def tissue():
+    return {c: phantom_patches([k] * 10, seed=k, size=32) for c, k in zip(CLASSES, (2, 5, 8))}
+
+
+@pytest.fixture
+def write(home, tissue):
+    "A function that writes three classes of ten patches, and gives the folder."
+
+    def write(place="{c}/{i}.png", change=lambda image: image, **options):
+        for c, images in tissue.items():
+            for i, image in enumerate(images):
+                path = home / "set" / place.format(c=c, i=i, split="train" if i < 7 else "test")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                change(Image.fromarray(image)).save(path, **options)
+        return home / "set"
+
+    return write
+
+
+def patches(folder, **options):
+    return load_patches(f"folder:{folder}", 32, **options)
+
+
+def refusal(folder, **options):
+    with pytest.raises(HistoDiffusionError) as e:
+        patches(folder, **options)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def show(folder):
+    "The command that shows a labelled folder."
+    return ["data", "--dataset", f"folder:{folder}", "--pretrain-sets", "phantom:kyoto:45", "--label-fraction", ".5"]
+
+
+def wide(image):
+    return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 256)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_keep_their_grey_values(write, tissue, suffix):
+    got = patches(write("{c}/{i}." + suffix, wide))
+    eight = np.stack([np.asarray(Image.fromarray(x).convert("L")) for images in tissue.values() for x in images])
+    assert got.images.shape[-1] == 1 and len({*got.keys}) == 30
+    assert np.abs(got.images[..., 0].astype(int) - eight).max() <= 1
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((8, 8), dict(photometric="minisblack")),
+        ((8, 8), dict(photometric="miniswhite")),
+        ((8, 8, 3), dict(photometric="rgb")),
+        ((3, 8, 8), dict(photometric="rgb", planarconfig="separate")),
+        ((2, 8, 8), dict(photometric="minisblack")),
+    ],
+    ids=["grey", "white-is-zero", "rgb", "planar", "two-pages"],
+)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_tiff_of_either_byte_order_planar_and_of_several_pages(tmp_path, shape, options, order, bits):
+    x = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    stored = x if bits == 8 else x.astype(np.uint16) * 257
+    tifffile.imwrite(tmp_path / "a.tif", stored, byteorder=order, **options)
+    right = x[0] if shape[0] == 2 else x.transpose(1, 2, 0) if shape[0] == 3 else x
+    right = 255 - right if options["photometric"] == "miniswhite" else right
+    try:
+        got = np.asarray(read_image(tmp_path / "a.tif")).astype(int)
+    except HistoDiffusionError as e:
+        refused = {"rgb": "stores more than 8 bits per colour, plane by plane", "miniswhite": "is corrupt or no PNG"}
+        assert refused[options["photometric"]] in str(e)
+        assert bits == 16 and (shape[0] == 3 or order == ">")  # what Pillow cannot read, or reads wrongly
+    else:
+        assert np.abs(got - right).max() <= 1
+
+
+def test_floating_point_without_a_range_is_refused_by_name(write):
+    folder = write("{c}/{i}.tif", lambda im: Image.fromarray(np.asarray(im.convert("L"), np.float32) / 255))
+    assert "0.tif has floating-point values (mode F) and states no range" in refusal(folder)
+
+
+def test_one_grey_image_does_not_turn_a_colour_set_grey(write, capsys):
+    folder = write()
+    Image.open(folder / "AC" / "0.png").convert("L").save(folder / "AC" / "0.png")
+    assert dataset_channels(f"folder:{folder}") == 3 and patches(folder).images.shape == (30, 32, 32, 3)
+    assert main(show(folder)) == 0
+    assert "1 of 30 images: grey, and made colour like the others" in capsys.readouterr().out
+
+
+def test_transparent_pixels_are_white(write):
+    def see_through(image):
+        x = np.dstack([np.asarray(image), np.full(image.size[::-1], 255, np.uint8)])
+        x[:, :16] = 0
+        return Image.fromarray(x)
+
+    images = patches(write(change=see_through)).images
+    assert (images[:, :, :16] == 255).all() and images[:, :, 16:].std() > 5
+
+
+def test_hidden_folders_and_own_results_are_no_patches(write, home, monkeypatch):
+    folder = write()
+    for place in (".ipynb_checkpoints", "AC/.ipynb_checkpoints", "results/figures", "data/x", "figures"):
+        (folder / place).mkdir(parents=True)
+        shutil.copy(folder / "AC" / "0.png", folder / place / "a-checkpoint.png")
+    monkeypatch.chdir(folder)
+    for name in ("data_home", "results_path", "figures_path"):
+        monkeypatch.delenv(f"HISTODIFFUSION_{name.upper()}")
+    assert dataset_classes("folder:.") == CLASSES and len(list_images("folder:.")) == 30
+
+
+def test_linked_folders_are_followed_once(write, home):
+    folder = write()
+    (home / "links").mkdir()
+    for c in CLASSES:
+        (home / "links" / c).symlink_to(folder / c)
+    (home / "links" / "S2").symlink_to(folder / "S")
+    (folder / "S" / "up").symlink_to(folder)
+    assert patches(home / "links").counts() == dict.fromkeys(CLASSES, 10)
+    assert len(list_images(f"folder:{folder}")) == 30
+
+
+@pytest.mark.parametrize("place", ["{split}/{c}/{i}.png", "{c}/{split}/{i}.png"])
+def test_split_folders_are_splits(write, place):
+    found = patches(write(place))
+    groups, splits = target_splits(found.name, found.keys, found.labels, found.groups, given=found.splits)
+    assert found.classes == CLASSES and len(splits["test"]) == 9
+    assert (found.labels[splits["test"]] == np.repeat([0, 1, 2], 3)).all()
+    assert len(splits["train"]) + len(splits["validation"]) == 21
+
+
+def test_folder_of_a_split_among_classes_is_refused(write):
+    folder = write()
+    (folder / "S").rename(folder / "test")
+    assert "The folder 'test' is named as a split and 'AC' as a class" in refusal(folder)
+
+
+def strange(folder, kind):
+    "Put something that is no image among the images."
+    path = folder / "AC" / f"{kind}.png"
+    if kind == "link":
+        path.symlink_to(folder / "nowhere")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "drawing":
+        path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 48 48\nshowpage\n")
+    elif kind == "large":
+        Image.new("1", (9000, 6000)).save(path)
+    else:
+        path.write_bytes((folder / "AC" / "0.png").read_bytes()[:200])
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("link", "is a link to a file that is not there: remove it"),
+        ("folder", "is an empty folder"),
+        ("pipe", "is not a regular file"),
+        ("device", "is not a regular file"),
+        ("drawing", "is corrupt or no PNG"),
+        ("large", "is too large (9000 × 6000 px; the limit is 50 million pixels)"),
+        ("corrupt", "is corrupt"),
+    ],
+)
+def test_what_is_no_image_is_named_or_skipped(write, kind, why, monkeypatch):
+    folder = write()
+    strange(folder, kind)
+    monkeypatch.setattr("subprocess.Popen", lambda *a, **k: pytest.fail(f"{a} was started"))
+    text = refusal(folder)
+    assert f"AC/{kind}.png {why}" in text and "--skip-corrupt" in text
+    assert len(patches(folder, skip_corrupt=True)) == 30
+    assert [name for name, _ in packed_dataset(f"folder:{folder}", True).corrupt] == [f"AC/{kind}.png"]
+
+
+def test_a_corrupt_first_image_decides_nothing(write):
+    folder = write(change=lambda im: im.convert("L"))
+    (folder / "AC" / "0.png").write_bytes(b"\x89PNG")
+    assert patches(folder, skip_corrupt=True).images.shape == (29, 32, 32, 1)
+
+
+def test_a_class_of_files_that_cannot_be_read_is_named(write, capsys):
+    folder = write()
+    for path in list((folder / "S").iterdir()):
+        path.rename(path.with_suffix(".heic"))
+    command = show(folder)
+    assert main(command) == 0
+    assert "folder 'S' has no image that can be read (10 .heic) and is left out" in capsys.readouterr().out
+
+
+HEADS = dict(
+    usual=(",", "file", "patient"), other=(",", "filename", "patient_id"), capitals=(",", "File", "Patient"),
+    semicolon=(";", "file", "patient"), tab=("\t", "Image Name", "Case ID"), spaces=(", ", "path", "subject"),
+)  # fmt: skip
+SPELLINGS = dict(
+    usual="{c}/{i}.png", absolute="/elsewhere/{c}/{i}.png", windows="D:\\set\\{c}\\{i}.PNG", dot="./{c}/{i}.png",
+    stem="{c}/{i}", another="{c}/{i}.tif",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_patients_of_any_table_stay_together(write, head, spelling):
+    folder, (separator, file, patient) = write(), HEADS[head]
+    name = SPELLINGS[spelling].format
+    lines = [[file, patient]] + [[name(c=c, i=i), f"P{i % 5}"] for c in CLASSES for i in range(10)]
+    (folder / "manifest.csv").write_text("\n".join(separator.join(line) for line in lines), encoding="utf-8-sig")
+    found = patches(folder)
+    groups, splits = target_splits(found.name, found.keys, found.labels, found.groups)
+    sides = [{found.groups[i] for i in s} for s in splits.values()]
+    assert sum(map(len, sides)) == 5 == len(set.union(*sides))
+
+
+def test_a_table_that_does_not_fit_stops(write):
+    folder = write()
+    lines = ["file,patient"] + [f"{c if c != 'S' else 'gone'}/x{i}.png,P{i}" for c in CLASSES for i in range(10)]
+    (folder / "manifest.csv").write_text("\n".join(lines))
+    assert "30 row(s) name no image (such as AC/x0.png), and 30 image(s) have no row" in refusal(folder)
+
+
+def test_labels_and_splits_of_a_table(home, write, capsys):
+    folder = write("images/{c}{i}.png")
+    lines = ["filename,label,patient_id,split"]
+    lines += [f"images/{c}{i}.png,{c},P{i % 5},{'test' if i % 5 == 4 else 'train'}" for c in CLASSES for i in range(10)]
+    (folder / "labels.csv").write_text("\n".join(lines))
+    command = show(folder)
+    assert main(command) == 2
+    assert "has 1 class(es), and a classifier needs two or more" in capsys.readouterr().err
+    assert main([*command, "--labels", "labels.csv"]) == 0
+    out = capsys.readouterr().out
+    assert "splits as the set gives them; 5 patients group 30 patches" in out
+    assert [int(n) for n in out.split("\nall")[1].split()[:3]] == [18, 6, 6]
+    assert main(["data", "--labels", "labels.csv"]) == 2 and "give --dataset folder:PATH" in capsys.readouterr().err
+
+
+def test_patients_on_both_sides_of_a_given_split_are_named(write, capsys):
+    folder = write("{split}/{c}/{i}.png")
+    names = [f"{'train' if i < 7 else 'test'}/{c}/{i}.png" for c in CLASSES for i in range(10)]
+    (folder / "manifest.csv").write_text("\n".join(["file,patient", *(f"{n},P{k % 3}" for k, n in enumerate(names))]))
+    main(show(folder))
+    assert "3 patients, slides or sets of copies are on both sides of the given test split" in capsys.readouterr().out
+
+
+def test_numbers_and_missing_values_are_class_names(write, home):
+    folder = write()
+    for c, name in zip(CLASSES, ("NA", "None", "0")):
+        (folder / c).rename(folder / name)
+    assert patches(folder).counts() == {"0": 10, "NA": 10, "None": 10}
+
+
+def test_class_folders_that_are_no_utf8_are_told_apart(write):
+    folder = write()
+    for c, name in zip(CLASSES, (b"caf\xe9", b"caf\xe8", b"ok")):
+        os.rename(folder / c, os.path.join(os.fsencode(folder), name))
+    assert dataset_classes(f"folder:{folder}") == ("caf\\xe8", "caf\\xe9", "ok")
+    assert patches(folder).counts()["caf\\xe9"] == 10
