@@ -5,3 +5,8 @@ from importlib.resources import files
 
 
 include: str(files("histodiffusion.app") / "Snakefile")
+
+
+rule all:
+    input:
+        rules.results.input,

@@ -16,6 +16,7 @@ from histodiffusion.study import steps
 from histodiffusion.study.artefacts import make_stage, stage_folder
 from histodiffusion.study.report import report
 from histodiffusion.study.run import Run
+from histodiffusion.study.stages import STAGES
 from histodiffusion.study.tables import gain_by_class
 
 NAMES = ["0", "01", "=cmd|x", "<script>alert(1)<", "NA", "None", "x$_$"]
@@ -138,8 +139,9 @@ def test_a_damaged_file_stops_the_next_stage_and_is_named(run, kept, stage, name
     with pytest.raises(HistoDiffusionError) as e:
         make_stage(Run(**run.parameters), after)
     assert str(e.value).startswith(f"{path} ") and said in str(e.value)
-    assert str(e.value).endswith(f"delete the folder {path.parents[name.count('/')]} and give the same command again, "
-                                 f"which makes stage '{stage}' anew.")  # fmt: skip
+    assert str(e.value).endswith(f"delete the folder {path.parents[name.count('/')]}, then run 'histodiffusion "
+                                 f"{STAGES[stage].command}' or 'histodiffusion reproduce' with the options of this "
+                                 f"run, which makes stage '{stage}' anew.")  # fmt: skip
 
 
 def test_a_damaged_table_stops_the_report(run, kept):
@@ -147,7 +149,7 @@ def test_a_damaged_table_stops_the_report(run, kept):
     path.write_bytes(kept(path)[:-100])
     kept(run.record("report"))
     run.record("report").unlink()
-    with pytest.raises(HistoDiffusionError, match=f"delete {run.record('table_1')} and give the same command again"):
+    with pytest.raises(HistoDiffusionError, match=f"table_1.csv has .* delete {run.record('table_1')}, then run"):
         report(Run(**run.parameters))
 
 

@@ -1,5 +1,6 @@
 """The command line: exit codes, one sentence for each mistake, plans and listings."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -36,18 +37,30 @@ def results(tmp_path, monkeypatch):
     (["adapt", "--dataset", "folder:/no/such/place"], "There is no folder /no/such/place"),
     (["adapt", "--dataset", "phantom:mars"], "Unknown phantom laboratory 'mars'"),
     (["adapt", "--pretrain-sets", "phantom:target"], "leave it out of --pretrain-sets"),
-    (["adapt", "--label-fraction", "2"], "label_fraction is 2.0: input should be less than or equal to 1"),
-    (["adapt", "--classifier-steps", "0"], "classifier_steps is 0: input should be greater than 0"),
-    (["adapt", "--selection-rule", "best"], "selection_rule must be one of"),
+    (["adapt", "--label-fraction", "2"], "--label-fraction is 2.0: input should be less than or equal to 1"),
+    (["adapt", "--classifier-steps", "0"], "--classifier-steps is 0: input should be greater than 0"),
+    (["adapt", "--selection-rule", "best"], "--selection-rule must be one of"),
     (["adapt", "--eta", "2"], "eta is 2.0: input should be less than or equal to 1"),
-    (["adapt", "--guidance-scale", "inf"], "guidance_scale is inf: input should be a finite number"),
-    (["adapt", "--cfg-scale", "inf"], "cfg_scale is inf: input should be a finite number"),
+    (["adapt", "--guidance-scale", "inf"], "--guidance-scale is inf: input should be a finite number"),
+    (["adapt", "--cfg-scale", "inf"], "--cfg-scale is inf: input should be a finite number"),
     (["adapt", "--dataset", "nowhere", "--allow-leakage"], "Unknown data set 'nowhere'"),
-    (["adapt", "--unet-channels", "7", "13"], "unet_channels must be multiples of 7"),
+    (["adapt", "--unet-channels", "7", "13"], "--unet-channels must be multiples of 7"),
     (["adapt", "--dataset", "folder:"], "no path after 'folder:'"),
     (["data", "fetch"], "needs the NAME of one set"),
     (["data", "list", "pcam"], "takes no NAME"),
     (["reproduce", "--cores", "-1"], "--cores is -1"),
+    (["reproduce", "--cores", "9" * 400], "--cores is 999999999999999999999999999999: give"),
+    (["adapt", "--seeds", "9" * 400], "input should be less than or equal to 1000000000"),
+    (["adapt", "--label-fraction", "nan"], "--label-fraction is nan"),
+    (["adapt", "--image-size", "8"], "--image-size is 8: input should be greater than or equal to 16"),
+    (["adapt", "--dataset", "folder:~no-such-user/set"], "'~no-such-user/set' is not a path"),
+    (["adapt", "--dataset", "folder:" + "a" * 300], "choose a shorter path"),
+    (["adapt", "--dataset", "phantom:target:" + "9" * 400], "more patches than fit in memory"),
+    (["tile", "~no-such-user/slides", "--out", "tiles"], "is not a path"),
+    (["tile", "slides", "--out", "~no-such-user/tiles"], "is not a path"),
+    (["data", "audit", "folder:~no-such-user/set"], "is not a path"),
+    (["data", "describe", "folder:/data/set"], "'histodiffusion data audit folder:/data/set' says what it contains"),
+    (["data", "verify", "phantom:target"], "is for sets of the catalogue, and 'phantom:target' needs no entry"),
 ])  # fmt: skip
 def test_mistake_is_one_sentence_and_exit_code_2(capsys, words, said):
     assert main(words) == 2
@@ -70,6 +83,56 @@ def test_a_mistyped_option_is_answered_with_the_nearest(capsys, words, said):
     assert e.value.code == 2
     err = capsys.readouterr().err
     assert said in re.sub(r"[│\s]+", " ", err) and "Traceback" not in err
+
+
+def class_folders(home, *names):
+    "A folder with 30 images in each of its class folders."
+    from PIL import Image
+
+    for k, name in enumerate(names):
+        (home / "set").mkdir(exist_ok=True)
+        folder = os.path.join(os.fsencode(home / "set"), name)
+        os.mkdir(folder)
+        for i in range(30):
+            Image.new("RGB", (70, 70), (2 * i, 99 * k, 0)).save(os.fsdecode(os.path.join(folder, b"%d.png" % i)))
+    return f"folder:{home / 'set'}"
+
+
+@pytest.mark.parametrize("command", ["data", "adapt", "reproduce"])
+def test_a_class_whose_name_is_not_utf8_is_one_sentence(results, command):
+    target = class_folders(results, b"stroma", b"fibr\xf6s")
+    words = [sys.executable, "-m", "histodiffusion", command, "--dataset", target, "--label-fraction", "1"]
+    said = subprocess.run([*words, "--pretrain-sets", "phantom:kyoto:45"], capture_output=True, text=True, cwd=ROOT)
+    assert said.returncode == 2 and "Traceback" not in said.stderr
+    sentence = said.stderr.splitlines()[-1]
+    assert sentence == "histodiffusion: The class folder 'fibr\\udcf6s' has a name that cannot be printed: rename it."
+
+
+@pytest.mark.parametrize("error, said", [
+    (FileNotFoundError(2, "No such file or directory", "/data/a.toml"), "/data/a.toml: check the path."),
+    (PermissionError(13, "Permission denied", "/data"), "/data: check that it may be read and written."),
+    (OSError("broken weights"), "broken weights: check it, and try again."),
+])  # fmt: skip
+def test_what_the_system_refuses_is_answered_with_its_remedy(capsys, monkeypatch, error, said):
+    def refuse(argv):
+        raise error
+
+    monkeypatch.setattr("histodiffusion.app.cli.parse", refuse)
+    assert main(["reproduce"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("histodiffusion: ") and err.endswith(f"{said}\n") and err.count("\n") == 1
+
+
+def test_classes_are_the_top_folders_in_a_plan_too(capsys, results):
+    target = class_folders(results, b"stroma", b"tumour")
+    for label in ("stroma", "tumour"):
+        folder = results / "set" / label
+        for i in range(3):
+            (folder / f"patient {i}").mkdir()
+            (folder / f"{i}.png").rename(folder / f"patient {i}" / f"{i}.png")
+    assert main(["adapt", "--dataset", target, "--label-fraction", "1", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "60 patches, 2 classes" in said and "unlabelled patches, cut from the images of phantom:aachen:450" in said
 
 
 def test_mistake_leaves_nothing_behind(results):
@@ -130,7 +193,7 @@ def test_settings_lists_every_setting_with_its_comment(capsys):
 
 def test_a_typed_setting_is_kept_from_the_prior_even_at_the_value_of_the_preset(capsys):
     assert main(["adapt", "--prior", "open-grey-64", "--image-size", "32", "--dry-run"]) == 2
-    assert "was trained with image_size = 64" in capsys.readouterr().err
+    assert "was trained with --image-size = 64" in capsys.readouterr().err
     assert parse(["adapt", "--image-size=32"]).make().overrides == dict(image_size=32)
 
 

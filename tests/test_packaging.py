@@ -2,6 +2,8 @@
 
 import ast
 import configparser
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -51,6 +53,42 @@ def test_settings_are_what_the_library_reads(ini, monkeypatch):
         value = "77.5" if key == "max_megapixels" else "elsewhere"
         monkeypatch.setenv(f"HISTODIFFUSION_{key.upper()}", value)
         assert value in str(getattr(load_settings(ROOT), key))
+
+
+def test_every_package_is_installed_and_every_notebook_of_a_stage_with_it(pyproject):
+    setuptools = pyproject["tool"]["setuptools"]
+    found = [".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "histodiffusion").rglob("__init__.py")]
+    assert sorted(setuptools["packages"]) == sorted([*found, "histodiffusion.experiments"])
+    assert setuptools["package-dir"] == {"histodiffusion.experiments": "nbs/experiments"}
+
+
+@pytest.mark.slow
+def test_a_wheel_runs_in_an_empty_folder(tmp_path):
+    source, site, empty = (tmp_path / name for name in ("source", "site", "empty"))
+    for name in ("histodiffusion", "nbs/experiments"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    made = subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source])
+    if made.returncode:
+        pytest.skip("a wheel needs setuptools in the environment")
+    subprocess.run([*pip, "install", "--no-deps", "--target", site, *tmp_path.glob("*.whl")], check=True)
+    empty.mkdir()
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HISTODIFFUSION_")} | {"PYTHONPATH": str(site)}
+    options = dict(capture_output=True, text=True, cwd=empty, env=env, timeout=300)
+    where = subprocess.run([sys.executable, "-c", "import histodiffusion as h; print(h.__file__)"], **options).stdout
+    assert where.startswith(str(site))
+    config = json.dumps(dict(profile="smoke", dataset="phantom:target:270", pretrain_sets=["phantom:kyoto:45"]))
+    for job in ("target_data", "pretraining_data"):
+        said = subprocess.run([sys.executable, "-m", "histodiffusion.app.reproduce", config, job], **options)
+        assert said.returncode == 0, said.stdout + said.stderr
+    assert list((empty / "results").rglob("pool.npy")) and list((empty / "results").rglob("target_data.ipynb"))
+    code = ("from histodiffusion.app.reproduce import snakemake_command as c; import subprocess, sys;"
+            "sys.exit(subprocess.run([*c('config.json', 1), '-n']).returncode)")  # fmt: skip
+    (empty / "config.json").write_text(config)
+    said = subprocess.run([sys.executable, "-c", code], **options)
+    assert said.returncode == 0 and "rule report:" in said.stdout + said.stderr
 
 
 def test_command_is_installed_by_name(pyproject):

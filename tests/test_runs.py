@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from histodiffusion.app.reproduce import measured_seconds, plan
+from histodiffusion.app.reproduce import _launch, measured_seconds, plan
 from histodiffusion.core import HistoDiffusionError, read_json
 from histodiffusion.models.sampling import SCHEDULERS
 from histodiffusion.study import artefacts
@@ -369,13 +369,35 @@ def test_second_reproduce_does_nothing_and_is_quick(project):
     assert {p: p.stat().st_mtime_ns for p in project.rglob("*")} == before
 
 
+def test_what_snakemake_says_is_shown_where_no_notebook_failed(project, capsys):
+    run = Run("smoke")
+    assert _launch(run, plan(run), "no-number") == 1
+    err = capsys.readouterr().err
+    log = project / "results" / "logs" / "snakemake-smoke-phantom-target.log"
+    assert err.startswith(f"histodiffusion: no notebook was run, because Snakemake stopped; the end of {log}:\n")
+    assert "Error parsing number of cores" in err
+
+
+def test_braces_in_a_path_are_one_sentence_and_in_the_project_they_do_no_harm(project, monkeypatch):
+    inner = project / "a{b}c"
+    inner.mkdir()
+    monkeypatch.chdir(inner)
+    shutil.copy(ROOT / "settings.ini", inner)
+    words = ["-n", "--snakefile", str(ROOT / "Snakefile"), "--cores", "1", "--config", "profile=smoke"]
+    said = call("snakemake", *words)
+    assert said.returncode == 0, said.stderr
+    monkeypatch.setenv("HISTODIFFUSION_RESULTS_PATH", str(project / "x{y}"))
+    said = call("histodiffusion.app.cli", "reproduce")
+    assert said.returncode == 2 and "choose folders without { and } for results" in said.stderr.splitlines()[-1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("body, code, sentence", [
     ("1/0", 1, "failed in cell [3] `1/0`: ZeroDivisionError: division by zero"),
     ("from histodiffusion.core import HistoDiffusionError\nraise HistoDiffusionError('Add patches.')", 2,
      "histodiffusion: Add patches."),
 ])  # fmt: skip
-def test_failed_notebook_is_one_line_and_an_exit_code(project, body, code, sentence):
+def test_failed_notebook_is_one_line_and_an_exit_code(project, monkeypatch, body, code, sentence):
     folder = project / "nbs" / "experiments"
     folder.mkdir(parents=True)
     cells = [nbformat.v4.new_code_cell("run = {}", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(body)]
@@ -383,7 +405,9 @@ def test_failed_notebook_is_one_line_and_an_exit_code(project, body, code, sente
     for name in ("pretraining_data", "target_data"):
         nb = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
         nbformat.write(nb, folder / f"{name}.ipynb")
+    monkeypatch.setenv("SNAKEMAKE_PROFILE", "no-such-profile")  # a user's, which is not for this
+    monkeypatch.setenv("HOME", "/proc/nobody")  # cannot be written
     said = call("histodiffusion.app.cli", "reproduce", "--cores", "1")
-    assert said.returncode == code
+    assert said.returncode == code, said.stderr
     assert sentence in said.stdout
     assert "Traceback" not in said.stdout + said.stderr

@@ -1,5 +1,6 @@
 """The `histodiffusion` command: each stage by itself, or all of them by `reproduce`."""
 
+import errno
 import os
 import signal
 import sys
@@ -10,7 +11,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 from histodiffusion import __version__
-from histodiffusion.core import HistoDiffusionError, load_settings, read_json
+from histodiffusion.core import HistoDiffusionError, as_path, load_settings, read_json
 from histodiffusion.study import profiles
 from histodiffusion.study.stages import STAGES
 
@@ -160,6 +161,7 @@ class Tile:
         from histodiffusion.data.slides import tile_slides
 
         options = {f.name: getattr(self, f.name) for f in fields(self)}
+        options |= dict(source=as_path(self.source), out=as_path(self.out))
         manifest = tile_slides(options.pop("source"), options.pop("out"), **options)
         print(f"{len(manifest)} patches of {manifest.slide.nunique()} slide(s) in {self.out}")
         print(f"to pre-train on them: --pretrain-sets folder:{self.out}")
@@ -254,28 +256,38 @@ def parse(argv: list[str]):
     return tyro.cli(commands, args=argv, prog="histodiffusion", description=about, config=(tyro.conf.FlagCreatePairsOff,))
 
 
+REMEDIES = {  # of what the system refuses
+    errno.ENOENT: "check the path", errno.ENOTDIR: "check the path", errno.ENAMETOOLONG: "choose a shorter path",
+    errno.EISDIR: "check the path", errno.EACCES: "check that it may be read and written",
+    errno.EPERM: "check that it may be read and written", errno.EROFS: "choose a folder that can be written",
+    errno.ENOSPC: "free some space, and give the same command again",
+}  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> int:
     "Run a command; exit codes: 0 done, 1 failed, 2 something that the user can correct, 130 interrupted."
     if argv is None:  # a cluster ends jobs with SIGTERM
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     argv = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show μ, or a file name that is no text, is no error
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show μ, or a name that is no text
+            stream.reconfigure(errors="backslashreplace")
     if argv == ["--version"]:
         print(f"histodiffusion {__version__}")
         return 0
     try:
         return parse(argv)()
     except HistoDiffusionError as e:
-        print(f"histodiffusion: {' '.join(str(e).split())}", file=sys.stderr)
+        from histodiffusion.app.reproduce import as_typed
+
+        print(f"histodiffusion: {as_typed(e)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # such as `histodiffusion data list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as e:
-        where = f" {e.filename}" if e.filename else ""
-        print(f"histodiffusion: {e.strerror or e}{where}: check that the folder can be written.", file=sys.stderr)
+        where, remedy = f" {e.filename}" if e.filename else "", REMEDIES.get(e.errno, "check it, and try again")
+        print(f"histodiffusion: {' '.join(str(e.strerror or e).split())}{where}: {remedy}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nhistodiffusion: interrupted; the same command continues from the last checkpoint.", file=sys.stderr)

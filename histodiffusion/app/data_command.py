@@ -9,7 +9,11 @@ def one_name(options) -> str:
     "The one data set that an action is for."
     if len(options.names) != 1:
         raise HistoDiffusionError(f"'data {options.action}' needs the NAME of one set: see 'histodiffusion data list'.")
-    return options.names[0]
+    name = options.names[0]
+    if name.startswith(("folder:", "npz:", "phantom:")):
+        raise HistoDiffusionError(f"'data {options.action}' is for sets of the catalogue, and '{name}' needs no entry in "
+                                  f"it: 'histodiffusion data audit {name}' says what it contains.")  # fmt: skip
+    return name
 
 
 def show(options) -> None:
@@ -120,9 +124,11 @@ def audit(options) -> None:
     import pandas as pd
 
     from histodiffusion.data.copies import audit_pair, audit_set, known_sets
+    from histodiffusion.study.run import full_name
 
     run = None if options.names else options.make()
-    names = "mirror" if options.names == ("mirror",) else list(options.names) or [run.target, *run.sets]
+    own = [full_name(n) if n.startswith(("folder:", "npz:", "phantom:")) else n for n in options.names]
+    names = "mirror" if own == ["mirror"] else own or [run.target, *run.sets]
     audits = [audit_set(name) for name in known_sets(names)]
     columns = ["set", "images", "side", "classes", "licence", "corrupt", "exact", "near", "flat", "conflicts", "crossings"]
     print(pd.concat([a.table for a in audits])[columns].to_string(index=False))

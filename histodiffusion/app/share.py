@@ -47,8 +47,8 @@ def synthetic_metadata(
     names = [classes[k] for k in s["labels"]]
     return pd.DataFrame(dict(
         file_name=[f"images/{c}/{run.seed}-{i:05d}.png" for i, c in enumerate(names)], label=names,
-        class_index=s["labels"],
-        selected=[i in kept for i in range(len(names))], confidence=s["confidence"].round(4), seed=run.seed,
+        class_index=s["labels"], selected=[i in kept for i in range(len(names))],
+        confidence=s["confidence"].astype(float).round(4), seed=run.seed,
         scheduler=settings.scheduler, steps=settings.sampler_steps, guidance_scale=settings.guidance_scale,
         adaptation=adaptation, model_sha256=hash_file(weights/"diffusion_pytorch_model.safetensors")))
 

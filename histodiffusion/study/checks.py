@@ -11,7 +11,7 @@ import numpy as np
 from ..core import HistoDiffusionError
 from ..data.patches import check_target, dataset_classes, load_patches, packed_dataset, parse_phantom
 from .profiles import PROFILES
-from .run import Run
+from .run import Run, check_names
 
 # %% ../../nbs/library/study/11_checks.ipynb #249faf97
 def _labelled_set(run):
@@ -37,6 +37,7 @@ def check_run(run:Run) -> list: # warnings, a sentence each
     "Refuse what would fail after hours, and name what makes the answer weak."
     check_networks(run)
     c, classes = run.settings, dataset_classes(run.target)
+    check_names(classes)
     if c.stain != "none" and run.channels == 1:
         raise HistoDiffusionError(f"'{run.target}' is grey, and grey patches have no stain: leave --stain out.")
     if len(classes) < 2:

@@ -27,7 +27,8 @@ from ..core import (
     HistoDiffusionError, card_html, derive_seed, get_device, load_array, load_tensors, read_json, read_table,
     save_tensors, write_json, write_table)
 from ..data.leakage import held_back, leakage, target_splits
-from ..data.patches import PatchSet, check_target, labelled_fraction, load_patches, unreadable_images
+from ..data.patches import (
+    PatchSet, check_target, dataset_classes, labelled_fraction, load_patches, unreadable_images)
 from ..data.pool import unlabelled_pool
 from ..data.stain import normalise_stain
 from ..data.symmetries import d4_images
@@ -53,7 +54,7 @@ from ..models.sampling import SamplingConfig, load_pipeline, save_pipeline, synt
 from ..models.training import Fit, FitConfig, load_network
 from .artefacts import stage
 from .prior import is_published, prior_model
-from .run import Run
+from .run import Run, check_names
 
 # %% ../../nbs/library/study/06_steps.ipynb #5a4491a4
 def _skipped(run):
@@ -90,6 +91,7 @@ def pretraining_data(run:Run, folder:Path):
 @stage("target_data")
 def target_data(run:Run, folder:Path):
     "Read the labelled set once, with its splits."
+    check_names(dataset_classes(run.target))
     patches = load_patches(run.target, run.settings.image_size, run.channels, run.skip_corrupt)
     groups, splits = target_splits(run.target, patches.keys, patches.labels, patches.groups, run.settings.image_size,
                                    patches.splits)
