@@ -145,7 +145,7 @@ def test_stain_setting_changes_colour_patches_and_refuses_grey_ones(home):
     assert plain.shape == stained.shape and (plain != stained).any((1, 2, 3)).mean() > 0.5
     for c in ("ADI", "TUM"):
         (home / "grey" / c).mkdir(parents=True)
-        for i in range(4):
+        for i in range(30):
             Image.fromarray(plain[i, ..., 0] ^ (c == "ADI")).save(home / "grey" / c / f"{i}.png")
     with pytest.raises(HistoDiffusionError, match="grey"):
         stages.target_data(

@@ -1,5 +1,6 @@
 """Slides as scanners write them: how many tiles, where, with which pixels; resuming; damaged files."""
 
+import os
 import shutil
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from histodiffusion.core import HistoDiffusionError, load_settings
+from histodiffusion.data.layout import read_layout
 from histodiffusion.data.patches import load_patches, split_patches
 from histodiffusion.data.phantom import phantom_patches
 from histodiffusion.study.checks import check_run
@@ -159,7 +161,7 @@ def test_wrong_settings_give_one_sentence(slide, tmp_path, change, message):
     assert message in str(e.value) and "\n" not in str(e.value)
 
 
-def test_wrong_paths_give_one_sentence(slide, mosaic, tmp_path):
+def test_wrong_paths_give_one_sentence(slide, tmp_path):
     out = tmp_path / "out"
     for source, message in ((tmp_path / "no", "There is no slide"), (tmp_path / "empty", "contains no slide")):
         (tmp_path / "empty").mkdir(exist_ok=True)
@@ -172,9 +174,6 @@ def test_wrong_paths_give_one_sentence(slide, mosaic, tmp_path):
         tile_slides(slide, out, mpp=4.0)
     with pytest.raises(HistoDiffusionError, match="cannot give 0.1"):
         tile_slides(slide, out, mpp=0.1)
-    Image.fromarray(mosaic).save(slide.with_suffix(".png"))
-    with pytest.raises(HistoDiffusionError, match="share the name"):
-        tile_slides(slide.parent, out)
     assert not out.exists() and [p.name for p in (tmp_path / "empty").iterdir()] == ["thesis.txt"]
 
 
@@ -230,3 +229,78 @@ def test_a_split_keeps_the_patches_of_a_patient_together(mosaic, tmp_path, monke
     groups, known = patient_groups(run)  # an interval takes them as what was drawn, not their patches
     assert known and len(set(groups)) < 6 < len(groups) and set(groups) <= set(of.values())
     assert any(f"few patients or slides in the test split ({len(set(groups))})" in w for w in check_run(run))
+
+
+def test_images_beside_slides_are_left_alone(slide, mosaic, tmp_path, capsys):
+    for name in (f"{slide.stem}.jpg", f"{slide.stem}_mask.png", "thumbnail.png"):
+        Image.fromarray(mosaic).reduce(2).save(slide.parent / name)
+    manifest = tile_slides(slide.parent, tmp_path / "out", size=SIZE, mpp_of_file=0.25)
+    assert set(manifest.slide) == {slide.stem}
+    assert "3 image(s) beside slides left alone" in capsys.readouterr().out
+    every = tile_slides(slide.parent, tmp_path / "all", size=SIZE, mpp_of_file=0.25, images=True)
+    assert len(set(every.slide)) == 4
+
+
+def test_slides_of_one_name_in_linked_folders(slide, tmp_path):
+    for patient in ("p1", "p2"):
+        (tmp_path / "real" / patient).mkdir(parents=True)
+        shutil.copy(slide, tmp_path / "real" / patient / "HE.tif")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "batch").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "p1" / "circle").symlink_to(tmp_path / "real")
+    for _ in range(2):  # the second call changes nothing
+        manifest = tile_slides(tmp_path / "source", tmp_path / "out", size=SIZE)
+        assert set(manifest.slide) == {"p1_HE", "p2_HE"} and manifest.slide.value_counts().nunique() == 1
+    assert load_layout(tmp_path / "out") == ((), {"p1_HE", "p2_HE"})
+
+
+def load_layout(folder):
+    found = read_layout(folder)
+    return found.classes, {*found.groups}
+
+
+@pytest.mark.parametrize("unit", ["µm", "nm", "mm", "ImageJ µm", "ImageJ mm"])
+def test_pixel_sizes_of_ome_tiff_and_imagej(mosaic, tmp_path, unit):
+    size, path = {"µm": 0.25, "nm": 250.0, "mm": 0.00025}[unit.split()[-1]], tmp_path / "a.ome.tif"
+    if unit.startswith("ImageJ"):
+        meta = dict(unit={"µm": "um"}.get(unit.split()[-1], unit.split()[-1]))
+        tifffile.imwrite(path, mosaic, imagej=True, resolution=(1 / size, 1 / size), metadata=meta)
+    else:
+        about = {f"PhysicalSize{a}": size for a in "XY"} | {f"PhysicalSize{a}Unit": unit for a in "XY"}
+        tifffile.imwrite(path, mosaic, photometric="rgb", tile=(256, 256), metadata=dict(axes="YXS") | about)
+    assert open_slide(path).mpp == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("absorbed", [(0.85, 0.51, 0.14), (0.87, 0.45, 0.16)], ids=["trichrome", "alcian-blue"])
+def test_blue_tissue_needs_a_switch_that_the_message_names(mosaic, tmp_path, absorbed):
+    density = -np.log10(np.maximum(mosaic / 255, 1 / 255)).sum(-1, keepdims=True) / 3
+    stain = np.array(absorbed) / np.linalg.norm(absorbed)
+    Image.fromarray(np.uint8(255 * 10 ** (-density * stain * 3**0.5))).save(tmp_path / "blue.png")
+    with pytest.raises(HistoDiffusionError, match="--any-colour if the tissue is blue or green"):
+        tile_slides(tmp_path / "blue.png", tmp_path / "out", size=SIZE, mpp_of_file=0.25)
+    found = tile_slides(tmp_path / "blue.png", tmp_path / "out", size=SIZE, mpp_of_file=0.25, any_colour=True)
+    assert len(found) == 16
+
+
+def test_strange_files_among_slides_are_named_or_skipped(slide, tmp_path, capsys):
+    os.mkfifo(slide.with_name("a.svs"))
+    slide.with_name("b.svs").symlink_to(tmp_path / "nowhere")
+    slide.with_name("c.tif").symlink_to("/dev/zero")
+    slide.with_name("d.svs").mkdir()
+    slide.with_name("e.svs").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    with pytest.raises(HistoDiffusionError, match="a.svs is not a regular file"):
+        tile_slides(slide.parent, tmp_path / "out", size=SIZE)
+    manifest = tile_slides(slide.parent, tmp_path / "out", size=SIZE, skip_corrupt=True)
+    said = capsys.readouterr().out
+    assert set(manifest.slide) == {slide.stem} and said.count("skipped: ") == 4
+    assert "b.svs is a link to a file that is not there" in said and "c.tif is not a regular file" in said
+
+
+def test_help_on_a_terminal_without_greek_letters():
+    import subprocess
+    import sys
+
+    for encoding in ("cp1252", "ascii"):
+        done = subprocess.run([sys.executable, "-m", "histodiffusion", "tile", "--help"], capture_output=True,
+                              env=os.environ | dict(PYTHONIOENCODING=encoding), timeout=120)  # fmt: skip
+        assert done.returncode == 0 and b"Traceback" not in done.stderr and b"--any-colour" in done.stdout

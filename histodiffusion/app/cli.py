@@ -153,6 +153,8 @@ class Tile:
     mpp_of_file: float | None = None # μm/px of the files, where they do not state it, 0.05 to 20
     max_patches: int | None = None # most patches per slide, drawn at random, > 0
     seed: int = 0 # of that draw, >= 0
+    any_colour: bool = False # blue and green are tissue too, for trichrome or Alcian blue; and so is ink
+    images: bool = False # ordinary images beside slides too, such as masks and thumbnails
     skip_corrupt: bool = False # name slides that cannot be read and go on
 
     def __call__(self):
@@ -268,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a name may contain what the terminal cannot show
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show μ, or a name that is no text
             stream.reconfigure(errors="backslashreplace")
     if argv == ["--version"]:
         print(f"histodiffusion {__version__}")

@@ -33,7 +33,8 @@ def npz_array(
             yield shape, dtype, f
     except (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile,
             zlib.error) as e:
-        raise HistoDiffusionError(f"{path} is not in MedMNIST's layout ({' '.join(str(e).split())}): it needs the "
+        why = " ".join(str(e).split())[:200]
+        raise HistoDiffusionError(f"{path} is not in MedMNIST's layout ({why}): it needs the "
                                   "arrays train_images, train_labels, and so for val and test.") from e
 
 def _numbers(f, shape, dtype):

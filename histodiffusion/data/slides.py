@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Slide', 'TCGA_PATIENT', 'SLIDE_SUFFIXES', 'otsu_threshold', 'tissue_mask', 'open_slide', 'read_patch',
-           'slide_overview', 'tile_grid', 'Tiling', 'choose_tiles', 'list_slides', 'tile_slides']
+           'slide_overview', 'tile_grid', 'Tiling', 'choose_tiles', 'list_slides', 'slide_names', 'tile_slides']
 
 # %% ../../nbs/library/data/13_slides.ipynb #435842e8
-import contextlib, glob, math, re, shutil, warnings
-from collections import namedtuple
+import contextlib, glob, math, re, shutil
+from collections import Counter, namedtuple
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,8 +20,8 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from scipy import ndimage
 
 from ..core import (
-    HistoDiffusionError, atomic_path, derive_seed, progress, read_json, write_json, write_text)
-from .patches import IMAGE_SUFFIXES
+    HistoDiffusionError, as_path, atomic_path, derive_seed, load_settings, progress, read_json, write_json, write_text)
+from .images import IMAGE_SUFFIXES, as_8_bits, check_regular, open_image, walk_folder
 
 # %% ../../nbs/library/data/13_slides.ipynb #b7feb870
 def otsu_threshold(
@@ -38,6 +38,7 @@ def otsu_threshold(
 # %% ../../nbs/library/data/13_slides.ipynb #564ab0e5
 def tissue_mask(
     thumbnail:np.ndarray, # (H, W, 3) uint8 overview, best at 4 to 10 μm/px
+    any_colour:bool=False, # blue and green are tissue too, for trichrome or Alcian blue; and so is ink
 ) -> np.ndarray: # (H, W) bool
     "Where an overview shows tissue: coloured, neither black nor green or blue ink, without single pixels."
     rgb = ndimage.uniform_filter(np.float32(thumbnail)/255, (3, 3, 1))
@@ -45,16 +46,28 @@ def tissue_mask(
     if glass.min() > .7 and np.ptp(glass) < .12: rgb = np.minimum(rgb/glass, 1)
     chroma, dark, r, g = np.ptp(rgb, -1), 1 - rgb.mean(-1), rgb[..., 0], rgb[..., 1]
     if np.percentile(chroma, 99.5) < .03: mask = dark > np.clip(otsu_threshold(dark), .08, .3)
-    else: mask = (chroma > np.clip(otsu_threshold(chroma), .04, .1)) & (g < r + .04)
+    else: mask = (chroma > np.clip(otsu_threshold(chroma), .04, .1)) & ((g < r + .04) | any_colour)
     return ndimage.median_filter(mask & (rgb.max(-1) > .2), 3)
 
 # %% ../../nbs/library/data/13_slides.ipynb #16243990
+_UNITS = dict(m=1e6, cm=1e4, mm=1e3, um=1., micron=1., microns=1., micrometer=1., nm=1e-3, inch=25400.)  # in μm
+
+def _described(properties):
+    "μm/px along x and y that the description of a TIFF states, as OME or ImageJ write it; None: nothing."
+    text = re.sub(r"\\u00B5|µ|μ", "u", str(properties.get("tiff.ImageDescription") or ""))
+    if text.startswith("ImageJ="):
+        unit = _UNITS[re.search(r"^unit=(\w+)", text, re.M)[1]]
+        return [unit/float(properties[f"tiff.{a}Resolution"]) for a in "XY"]
+    if "<OME" not in text: return None
+    find = lambda key, default: (re.search(rf'\b{key}="([^"]*)"', text) or (0, default))[1]
+    return [float(find(f"PhysicalSize{a}", "nan"))*_UNITS[find(f"PhysicalSize{a}Unit", "um")] for a in "XY"]
+
 def _mpp(properties):
     "μm/px that a file's properties state; None where they state nothing that a microscope could have."
     unit = {2: 25400, "inch": 25400, 3: 10000, "centimeter": 10000}.get(properties.get("tiff.ResolutionUnit"))
     try:
         if "openslide.mpp-x" in properties: xy = [float(properties[f"openslide.mpp-{a}"]) for a in "xy"]
-        else: xy = [unit/float(properties[f"tiff.{a}Resolution"]) for a in "XY"]
+        else: xy = _described(properties) or [unit/float(properties[f"tiff.{a}Resolution"]) for a in "XY"]
     except (KeyError, TypeError, ValueError, ZeroDivisionError): return None
     return sum(xy)/2 if all(.05 <= v <= 20 for v in xy) and max(xy) < 1.05*min(xy) else None
 
@@ -70,19 +83,19 @@ def _openslide():
 def _reading(path):
     "Turn whatever a decoder raises for a damaged file into one sentence."
     try: yield
+    except HistoDiffusionError as e: raise HistoDiffusionError(f"{e}, or pass --skip-corrupt.") from e
     except Exception as e:
         why = " ".join(str(e).split()) or type(e).__name__
         raise HistoDiffusionError(f"{path} cannot be read ({why}): repair or remove it, or pass --skip-corrupt.") from e
 
 # %% ../../nbs/library/data/13_slides.ipynb #f465c423
 def _open_image(path):
-    "An ordinary image with the interface of a slide, and its TIFF resolution tags as OpenSlide would name them."
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 250_000_000  # Pillow refuses twice as many
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as im:
-            tags, names = getattr(im, "tag_v2", {}), {282: "XResolution", 283: "YResolution", 296: "ResolutionUnit"}
-            return _openslide().ImageSlide(im.convert("RGB")), {f"tiff.{v}": tags.get(k) for k, v in names.items()}
-    finally: Image.MAX_IMAGE_PIXELS = limit
+    "An ordinary image with the interface of a slide, and its TIFF tags as OpenSlide would name them."
+    names = {270: "ImageDescription", 282: "XResolution", 283: "YResolution", 296: "ResolutionUnit"}
+    with open_image(path, 10*load_settings().max_megapixels, "save it as a tiled TIFF, or ") as im:
+        tags = getattr(im, "tag_v2", {})
+        return (_openslide().ImageSlide(as_8_bits(im, path).convert("RGB")),
+                {f"tiff.{v}": tags.get(k) for k, v in names.items()})
 
 # %% ../../nbs/library/data/13_slides.ipynb #86b99595
 Slide = namedtuple("Slide", "reader path mpp size")  # OpenSlide's reader, file, μm/px and (width, height) of level 0
@@ -93,8 +106,8 @@ def open_slide(
 ) -> Slide:
     "Open a slide and find its resolution."
     openslide, path = _openslide(), Path(path)
-    if not path.is_file(): raise HistoDiffusionError(f"There is no file {path}: check the path.")
     with _reading(path):
+        check_regular(path)
         if openslide.OpenSlide.detect_format(path): properties = (reader := openslide.OpenSlide(path)).properties
         else: reader, properties = _open_image(path)
     mpp, (w, h) = _mpp(properties) or mpp_of_file, reader.dimensions
@@ -172,6 +185,7 @@ class Tiling:
     mpp_of_file:float|None = Field(None, ge=.05, le=20) # μm/px of files that do not state it
     max_patches:int|None = Field(None, gt=0) # most patches per slide, drawn at random; None: all
     seed:int = Field(0, ge=0) # of that draw
+    any_colour:bool = False # blue and green are tissue too, for trichrome or Alcian blue; and so is ink
     patient:str|None = TCGA_PATIENT # regular expression that finds the patient in a slide's name; None: unknown
 
     def __post_init__(self):
@@ -196,7 +210,7 @@ def choose_tiles(slide:Slide, tiling:Tiling) -> tuple: # (N, 2) corners in level
     if not len(corners):
         raise HistoDiffusionError(f"{found}, smaller than one tile of {size} px at {mpp:.4g}: lower size or mpp.")
     small, factor = slide_overview(slide, min(8., size*mpp/32))
-    share = _tissue_shares(tissue_mask(small), corners, size*mpp/slide.mpp, factor)
+    share = _tissue_shares(tissue_mask(small, tiling.any_colour), corners, size*mpp/slide.mpp, factor)
     keep = np.flatnonzero(share >= tiling.tissue)
     if tiling.max_patches and len(keep) > tiling.max_patches:
         rng = np.random.default_rng(derive_seed("tiles", slide.path.stem, tiling.seed))
@@ -204,24 +218,62 @@ def choose_tiles(slide:Slide, tiling:Tiling) -> tuple: # (N, 2) corners in level
     return corners[keep], share[keep]
 
 # %% ../../nbs/library/data/13_slides.ipynb #52cdacb0
-SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", *IMAGE_SUFFIXES)
+SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".tif", ".tiff")
+
+def _is_slide(path):
+    "Whether OpenSlide knows the format of a file; a pipe or a broken link with the suffix of a slide counts."
+    if path.suffix.lower() not in SLIDE_SUFFIXES: return False
+    if not path.is_file(): return True  # refused when it is opened
+    return path.suffix.lower() not in (".tif", ".tiff") or bool(_openslide().OpenSlide.detect_format(path))
+
+def _files_below(source, out):
+    "Files below a folder, sorted, but not those of `out`."
+    files = [Path(folder)/n for folder, _, names in walk_folder(source) for n in names if not n.startswith(".")]
+    return sorted(p for p in files if not (out and out in p.parents))
+
+# %% ../../nbs/library/data/13_slides.ipynb #7e3f4aa9
+def _one_each(slides):
+    "DICOM slides once each, though each consists of several files, and the files that are left out."
+    first, left = {}, []
+    for p in slides:
+        key = p
+        if p.suffix.lower() == ".dcm" and p.is_file():
+            with contextlib.suppress(HistoDiffusionError), _reading(p), _openslide().OpenSlide(p) as s:
+                key = s.properties.get("dicom.SeriesInstanceUID", p)
+        if key in first: left.append(p)
+        first.setdefault(key, p)
+    return [*first.values()], left
 
 def list_slides(
     source, # a slide, or a folder with slides at any depth
     out=None, # folder to leave out
-) -> list: # paths, sorted
-    "The slides behind a path; two must not share a name, since patches are named after it."
-    source, out = Path(source).expanduser().resolve(), out and Path(out).expanduser().resolve()
+    images:bool=False, # ordinary images beside slides too, such as masks and thumbnails
+) -> tuple: # paths, sorted, and the images and further files of a slide that are left out
+    "The slides behind a path; where there are slides, ordinary images are taken for their companions."
+    source, out = as_path(source), out and as_path(out)
     if not source.exists(): raise HistoDiffusionError(f"There is no slide or folder {source}: check the path.")
-    found = [source] if source.is_file() else sorted(
-        p for p in source.rglob("*") if p.suffix.lower() in SLIDE_SUFFIXES and p.is_file()
-        and not any(part.startswith(".") for part in p.relative_to(source).parts)
-        and not (out and source in out.parents and out in p.parents))
-    if not found: raise HistoDiffusionError(f"{source} contains no slide, a file in {', '.join(SLIDE_SUFFIXES)}.")
-    names = {p.stem: p for p in found}
-    for p in found:
-        if (q := names[p.stem]) != p: raise HistoDiffusionError(f"{p} and {q} share the name {p.stem}: rename one.")
-    return found
+    if not source.is_dir(): return [source], []
+    files = _files_below(source, out)
+    slides, left = _one_each([p for p in files if _is_slide(p)])
+    plain = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and p not in {*slides, *left}]
+    if images or not slides: slides, plain = sorted([*slides, *plain]), []
+    if slides: return slides, left + plain
+    kinds = ", ".join(dict.fromkeys((*SLIDE_SUFFIXES, *IMAGE_SUFFIXES)))
+    raise HistoDiffusionError(f"{source} contains no slide, a file in {kinds}.")
+
+# %% ../../nbs/library/data/13_slides.ipynb #5ca1ad9e
+def slide_names(
+    paths:list, # of slides
+) -> list: # a name for each
+    "File names without suffix, with the suffix or as many folders before them as make them unique."
+    alike = Counter((p.parent, p.stem) for p in paths)
+    own = {p: p.stem if alike[p.parent, p.stem] == 1 else p.name.replace(".", "_") for p in paths}
+    name = lambda p, depth: "_".join([*p.parts[1:][max(0, len(p.parts) - 2 - depth):-1], own[p]])
+    names = [name(p, 0) for p in paths]
+    for depth in range(1, max((len(p.parts) for p in paths), default=0)):
+        count = Counter(names)
+        names = [name(p, depth) if count[n] > 1 else n for p, n in zip(paths, names)]
+    return names
 
 # %% ../../nbs/library/data/13_slides.ipynb #8ad84ac4
 def _patient(name, pattern):
@@ -229,9 +281,9 @@ def _patient(name, pattern):
     found = re.search(pattern, name) if pattern else None
     return (found.group(1 if found.re.groups else 0) or "") if found else ""
 
-def _tile_one(path, out, tiling, desc):
+def _tile_one(path, out, name, tiling, desc):
     "Cut one slide into `out/<name>`, whole or not at all."
-    slide, name, rows = open_slide(path, tiling.mpp_of_file), path.stem, []
+    slide, rows = open_slide(path, tiling.mpp_of_file), []
     corners, shares = choose_tiles(slide, tiling)
     origin = dict(slide=name, patient=_patient(name, tiling.patient))
     scale = dict(level=_level(slide, tiling.mpp/slide.mpp), mpp=tiling.mpp, size=tiling.size)
@@ -261,9 +313,9 @@ def _claim(out, settings):
     if not found: write_json(mark, settings)
 
 # %% ../../nbs/library/data/13_slides.ipynb #299f0aaf
-def _is_done(path, out):
+def _is_done(path, out, name):
     "Whether a slide has been tiled; another slide with its name is refused."
-    record = out/path.stem/"slide.json"
+    record = out/name/"slide.json"
     if record.is_file() and read_json(record)["bytes"] != path.stat().st_size:
         raise HistoDiffusionError(f"{record.parent} was made from another {path.name}: {_OTHER}")
     return record.is_file()
@@ -285,23 +337,29 @@ def tile_slides(
     source, # a slide, an ordinary image, or a folder of them
     out, # folder for the patches: new, empty, or one that a call with the same settings has written
     skip_corrupt:bool=False, # name slides that cannot be tiled and go on, instead of stopping
+    images:bool=False, # ordinary images beside slides too, such as masks and thumbnails
     **settings, # fields of `Tiling`
 ) -> pd.DataFrame: # one row per patch; also written as `out/manifest.csv`
     "Cut slides into patches of tissue; a second call continues where the first was stopped."
-    try: tiling, out = Tiling(**settings), Path(out).expanduser().resolve()
+    try: tiling, out = Tiling(**settings), as_path(out)
     except ValidationError as e:
         why = [f"{x['loc'][0]} is {x['input']!r}: {x['msg']}" if x["loc"] else x["msg"] for x in e.errors()]
         raise HistoDiffusionError("; ".join(why).replace("Value error, ", "") + ".") from None
     _openslide()
-    files = list_slides(source, out)
+    files, left = list_slides(source, out, images)
+    parts, beside = ([p for p in left if (p.suffix.lower() == ".dcm") is dicom] for dicom in (True, False))
+    if parts: print(f"{len(parts)} further DICOM file(s) belong to slides that are listed, such as {parts[0].name}")
+    if beside: print(f"{len(beside)} image(s) beside slides left alone, such as {beside[0].name} (--images tiles them)")
     _claim(out, asdict(tiling))
     try:
-        for i, path in enumerate(files):
-            try: _is_done(path, out) or _tile_one(path, out, tiling, f"{path.stem} ({i + 1} of {len(files)})")
+        for i, (path, name) in enumerate(zip(files, slide_names(files)), 1):
+            try: _is_done(path, out, name) or _tile_one(path, out, name, tiling, f"{name} ({i} of {len(files)})")
             except HistoDiffusionError as e:
                 if not skip_corrupt: raise
                 print(f"skipped: {e}")
     finally: manifest = _collect(out)  # what was done before an error stays, and is listed
     if manifest.empty:
-        raise HistoDiffusionError(f"No tile of {source} has a tissue share of {tiling.tissue} or more: lower tissue.")
+        blue = ", or give --any-colour if the tissue is blue or green (trichrome, Alcian blue)"*(not tiling.any_colour)
+        raise HistoDiffusionError(f"No tile of {source} has a tissue share of {tiling.tissue} or more: lower "
+                                  f"--tissue{blue}.")
     return manifest
