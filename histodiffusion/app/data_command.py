@@ -42,6 +42,8 @@ def show(options) -> None:
     print("\nunlabelled patches for pre-training")
     for name, n in pool_counts(run.sets, c.pretrain_patches, c.image_size).items():
         print(f"{name:<26}{n:>9}   fingerprint {run.fingerprint(name)}")
+    print("images of them that repeat test or validation patches stop a run, also if turned or mirrored; crops of larger "
+          "images are not searched for")  # fmt: skip
 
 
 def grouping(target, patches) -> str:

@@ -145,13 +145,11 @@ def _partners(path, table, names, labelled):
         if i >= 0: row[i] = r
     lost = [] if tiled else [f for f, i in zip(table.file, found) if i < 0]
     alone = [] if "label" in table else [n for n, r in zip(names, row) if r < 0 and n in labelled]
-    if lost or alone:
-        raise HistoDiffusionError(
-            f"{path} does not fit the images: {len(lost)} row(s) name no image{_such(lost)}, and {len(alone)} image(s) "
-            f"have no row{_such(alone)}: correct the names, add rows or remove them.")
-    return row
-
-def _such(names): return f" (such as {names[0]})" if names else ""
+    faults = [f"{len(x)} {what} (such as {x[0]})" for x, what in ((lost, "row(s) name no image"),
+                                                                (alone, "image(s) have no row")) if x]
+    if not faults: return row
+    raise HistoDiffusionError(f"{path} does not fit the images: {', and '.join(faults)}: correct the names, add rows or "
+                              "remove them.")
 
 # %% ../../nbs/library/data/06_layout.ipynb #9573e0bf
 def _apply_table(layout, path):
