@@ -148,8 +148,8 @@ def _partners(path, table, names, labelled):
     faults = [f"{len(x)} {what} (such as {x[0]})" for x, what in ((lost, "row(s) name no image"),
                                                                 (alone, "image(s) have no row")) if x]
     if not faults: return row
-    raise HistoDiffusionError(f"{path} does not fit the images: {', and '.join(faults)}: correct the names, add rows or "
-                              "remove them.")
+    raise HistoDiffusionError(f"{path} does not fit the images: {', and '.join(faults)}: correct the names, add rows "
+                              "or remove them.")
 
 # %% ../../nbs/library/data/06_layout.ipynb #9573e0bf
 def _apply_table(layout, path):
