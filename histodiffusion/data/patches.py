@@ -23,7 +23,7 @@ from histodiffusion.core import (
     write_json)
 from .catalogue import REGISTRY, dataset_info, group_of
 from .images import IMAGE_SUFFIXES, find_images, image_kind, path_text, read_image
-from .layout import read_layout
+from .layout import read_layout, unlabelled_layout
 from .npz import NPZ_SPLITS, npz_classes, npz_images, npz_kinds, npz_labels
 from .packed import PackedImages, content_key, open_packed, pack_images, read_h5
 from .phantom import LABORATORIES, PHANTOM_CLASSES, phantom_patches
@@ -97,7 +97,7 @@ def list_images(
     spec:str, # `folder:PATH` or a name in the catalogue
 ) -> list: # image paths, sorted
     "All image files of a set; hidden files are skipped."
-    return dataset_layout(spec).files
+    return unlabelled_layout(dataset_folder(spec)).files
 
 def dataset_layout(
     spec:str, # `folder:PATH`, with or without a table, or a name in the catalogue
@@ -219,7 +219,8 @@ def packed_dataset(
 # %% ../../nbs/library/data/08_patches.ipynb #28155499
 def _pack_files(spec, folder, **kwargs):
     "A folder of image files."
-    layout = dataset_layout(spec)
+    try: layout = dataset_layout(spec)
+    except HistoDiffusionError: layout = unlabelled_layout(dataset_folder(spec))  # enough for a pool, not for a target
     classes = layout.classes
     labels, here = [classes.index(c) if c else -1 for c in layout.labels], f"{path_text(dataset_folder(spec))}/"
     def read(path):
