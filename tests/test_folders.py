@@ -92,16 +92,19 @@ def test_tiff_of_either_byte_order_planar_and_of_several_pages(tmp_path, shape, 
     x = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     stored = x if bits == 8 else x.astype(np.uint16) * 257
     tifffile.imwrite(tmp_path / "a.tif", stored, byteorder=order, **options)
-    right = x[0] if shape[0] == 2 else x.transpose(1, 2, 0) if shape[0] == 3 else x
+    right = x.transpose(1, 2, 0) if shape[0] == 3 else x
     right = 255 - right if options["photometric"] == "miniswhite" else right
     try:
         got = np.asarray(read_image(tmp_path / "a.tif")).astype(int)
     except HistoDiffusionError as e:
         refused = {"rgb": "stores more than 8 bits per colour, plane by plane", "miniswhite": "is corrupt or no PNG"}
+        if shape[0] == 2:
+            assert "has 2 pages of one size" in str(e)
+            return
         assert refused[options["photometric"]] in str(e)
         assert bits == 16 and (shape[0] == 3 or order == ">")  # what Pillow cannot read, or reads wrongly
     else:
-        assert np.abs(got - right).max() <= 1
+        assert np.abs(got - right).max() <= 1 and shape[0] != 2
 
 
 def test_floating_point_without_a_range_is_refused_by_name(write):
@@ -270,7 +273,7 @@ def test_patients_on_both_sides_of_a_given_split_are_named(write, capsys):
     names = [f"{'train' if i < 7 else 'test'}/{c}/{i}.png" for c in CLASSES for i in range(10)]
     (folder / "manifest.csv").write_text("\n".join(["file,patient", *(f"{n},P{k % 3}" for k, n in enumerate(names))]))
     main(show(folder))
-    assert "3 patients, slides or sets of copies are on both sides of the given test split" in capsys.readouterr().out
+    assert "3 patients, slides or sets of copies are in more than one of the given splits" in capsys.readouterr().out
 
 
 def test_numbers_and_missing_values_are_class_names(write, home):
@@ -286,3 +289,69 @@ def test_class_folders_that_are_no_utf8_are_told_apart(write):
         os.rename(folder / c, os.path.join(os.fsencode(folder), name))
     assert dataset_classes(f"folder:{folder}") == ("caf\\xe8", "caf\\xe9", "ok")
     assert patches(folder).counts()["caf\\xe9"] == 10
+
+
+def test_copies_in_more_than_one_given_split_are_named(write, capsys):
+    folder = write("{split}/{c}/{i}.png")
+    for c in CLASSES:
+        shutil.copy(folder / "train" / c / "0.png", folder / "test" / c / "copy.png")
+    main(show(folder))
+    assert "3 patients, slides or sets of copies are in more than one of the given splits" in capsys.readouterr().out
+
+
+def test_a_larger_limit_holds_after_a_refusal(write, monkeypatch):
+    folder = write()
+    strange(folder, "large")
+    assert "is too large" in refusal(folder)
+    monkeypatch.setenv("HISTODIFFUSION_MAX_MEGAPIXELS", "54")
+    assert len(patches(folder)) == 31
+
+
+def test_a_row_is_not_given_to_an_image_of_another_class(write):
+    folder = write()
+    lines = [f"{c}/{i}.png,{c}" for c in CLASSES for i in range(10)]
+    (folder / "AC" / "0.png").rename(folder / "AC" / "new.png")
+    (folder / "H" / "new.png").write_bytes(b"")
+    (folder / "H" / "new.png").unlink()
+    (folder / "labels.csv").write_text("\n".join(["file,label", *lines, "H/new.png,H"]))
+    with pytest.raises(HistoDiffusionError, match=r"2 row\(s\) name no image \(such as AC/0.png\)"):
+        load_patches(f"folder:{folder},labels=labels.csv", 32)
+
+
+def test_what_is_not_used_is_said(write, capsys):
+    folder = write()
+    (folder / "empty").mkdir()
+    Image.open(folder / "AC" / "0.png").save(folder / "H" / "animation.gif")
+    shutil.copy(folder / "AC" / "0.png", folder / "stray.png")
+    lines = [f"{c}/{i}.png,P" for c in CLASSES for i in range(10)]
+    (folder / "manifest.csv").write_text("\n".join(["file,who", *lines]))
+    assert main(show(folder)) == 0
+    said = capsys.readouterr().out
+    assert "folder 'empty' has no image that can be read (empty" in said
+    assert "files of folder 'H' cannot be read and are left out (1 .gif)" in said
+    assert "1 images are in no class folder" in said
+    assert "has no column of patients that is recognised; not used: who" in said
+
+
+def test_an_empty_training_split_is_one_sentence(home):
+    for c in CLASSES:
+        (home / "same" / c).mkdir(parents=True)
+        for i in range(5):
+            Image.new("L", (16, 16), 9).save(home / "same" / c / f"{i}.png")
+    assert main(show(home / "same")) == 2
+
+
+def test_npz_files_are_sets_with_their_splits(home, tissue, capsys):
+    images, labels = np.concatenate([*tissue.values()]), np.repeat([0, 1, 2], 10)
+    of = np.arange(30) % 4
+    parts = dict(train=of < 2, val=of == 2, test=of == 3)
+    both = dict(images=images, labels=labels[:, None])
+    arrays = {f"{n}_{w}": v[m] for n, m in parts.items() for w, v in both.items()}
+    np.savez(home / "a.npz", **arrays)
+    command = [f"npz:{home / 'a.npz'}" if word.startswith("folder:") else word for word in show(home)]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "splits as the set gives them" in said
+    assert [int(n) for n in said.split("\nall")[1].split()[:3]] == [int(m.sum()) for m in parts.values()]
+    np.savez(home / "a.npz", **arrays | dict(train_images=arrays["train_images"][1:]))
+    assert main(command) == 2 and "train has images (15, 32, 32, 3) and labels (16,)" in capsys.readouterr().err

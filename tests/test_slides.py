@@ -254,6 +254,16 @@ def test_slides_of_one_name_in_linked_folders(slide, tmp_path):
     assert load_layout(tmp_path / "out") == ((), {"p1_HE", "p2_HE"})
 
 
+def test_patients_of_the_command_line(slide, tmp_path, capsys):
+    from histodiffusion.app.cli import main
+
+    shutil.copy(slide, slide.with_name("case7_b.tif"))
+    command = ["tile", str(slide.parent), "--out", str(tmp_path / "out"), "--size", str(SIZE)]
+    assert main([*command, "--patient", r"case(\d+)"]) == 0
+    assert "7" in set(pd.read_csv(tmp_path / "out" / "manifest.csv", dtype=str).patient)
+    assert main([*command, "--patient", "("]) == 2 and "no regular expression" in capsys.readouterr().err
+
+
 def load_layout(folder):
     found = read_layout(folder)
     return found.classes, {*found.groups}

@@ -153,6 +153,7 @@ class Tile:
     mpp_of_file: float | None = None # μm/px of the files, where they do not state it, 0.05 to 20
     max_patches: int | None = None # most patches per slide, drawn at random, > 0
     seed: int = 0 # of that draw, >= 0
+    patient: str | None = None # regular expression that finds the patient in a slide's name; none: TCGA's barcodes
     any_colour: bool = False # blue and green are tissue too, for trichrome or Alcian blue; and so is ink
     images: bool = False # ordinary images beside slides too, such as masks and thumbnails
     skip_corrupt: bool = False # name slides that cannot be read and go on

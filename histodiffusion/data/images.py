@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'FORMATS', 'path_text', 'walk_folder', 'find_images', 'check_regular', 'open_image', 'image_kind',
-           'as_8_bits', 'read_image']
+           'as_8_bits', 'one_page', 'read_image']
 
 # %% ../../nbs/library/data/05_images.ipynb #cde3a98f
 import contextlib, os, stat, warnings
@@ -31,13 +31,17 @@ def _own_folders():
     return {os.path.realpath(p) for p in (here.results_path, here.figures_path, here.data_home)}
 
 # %% ../../nbs/library/data/05_images.ipynb #69c8c4a1
+def _unreadable(e):
+    raise HistoDiffusionError(f"{path_text(e.filename)} cannot be read ({e.strerror}): give yourself the permission to "
+                              "read it, or remove it.") from e
+
 def walk_folder(
     top, # folder to look into, at any depth
 ): # iterator of (folder, names of its folders, names of its files)
     "All folders below a folder, each once, real ones before linked ones; hidden and own ones are left out."
     waiting, seen, own = [str(top)], set(), _own_folders() - {os.path.realpath(top)}
     while waiting:
-        for folder, names, files in os.walk(waiting.pop(0)):
+        for folder, names, files in os.walk(waiting.pop(0), onerror=_unreadable):
             real = os.path.realpath(folder)
             if real in seen or real in own: names.clear(); continue
             seen.add(real)
@@ -49,8 +53,9 @@ def find_images(
     folder, # to look into, at any depth
 ) -> tuple: # paths with the suffix of an image, sorted; Counter of the suffixes of other files below each top folder
     "The images below a folder; hidden files, and what the library itself wrote, are left out."
-    folder, found, others = Path(folder), [], {}
+    folder, found, others, own = Path(folder), [], {}, _own_folders()
     for place, names, files in walk_folder(folder):
+        if place == folder: others = {path_text(n): Counter() for n in names if os.path.realpath(place/n) not in own}
         empty = [n for n in names if Path(n).suffix.lower() in IMAGE_SUFFIXES and not any((place/n).iterdir())]
         for name in [n for n in files if not n.startswith(".")] + empty:
             path = place/name
@@ -145,13 +150,27 @@ def as_8_bits(
         raise HistoDiffusionError(f"{path_text(path)} has the mode {im.mode}: save it as greyscale or RGB")
     return im.convert("RGB").convert("L") if grey and im.mode != "L" else im if im.mode == "L" else im.convert("RGB")
 
+def one_page(
+    im, # Pillow's image
+    path, # its file, for messages
+):
+    "The image, refused if it is a TIFF whose second page is as large as the first."
+    if im.format != "TIFF" or getattr(im, "n_frames", 1) == 1: return im
+    size = im.size
+    im.seek(1)
+    if im.size == size:
+        raise HistoDiffusionError(f"{path_text(path)} has {im.n_frames} pages of one size: save each as a file of its "
+                                  "own, or all as one image in colour")
+    im.seek(0)
+    return im
+
 def read_image(
     path, # image file
 ) -> Image.Image: # of mode 'L' or 'RGB'
     "Open and decode one image; the error for one that cannot be read names it."
     remedy = "or pass --skip-corrupt to leave it out."
     try:
-        with open_image(path) as im: return as_8_bits(im, path).copy()
+        with open_image(path) as im: return as_8_bits(one_page(im, path), path).copy()
     except HistoDiffusionError as e: raise HistoDiffusionError(f"{e}, {remedy}") from e
     except Image.UnidentifiedImageError as e:
         raise HistoDiffusionError(f"{path_text(path)} is corrupt or no {', '.join(FORMATS)} image: repair or remove it,"

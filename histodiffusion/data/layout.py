@@ -45,7 +45,12 @@ def _from_folders(names):
     if as_split and not deep: return [""]*len(names), [""]*len(names)  # train/image: no classes
     found = [_class_and_split(f, int(bool(as_split))) for f in folders]
     labels, splits = map(list, zip(*found))
-    if not as_split and not all(s for c, s in found if c): splits = [""]*len(names)  # not every class has them
+    if not as_split and any(splits):  # class/train/image
+        alone = [n for n, c, s in zip(names, labels, splits) if c and not s]
+        if 2*len(alone) > len(names): splits = [""]*len(names)  # a folder that has such a name by chance
+        elif alone:
+            raise HistoDiffusionError(f"{alone[0]} is in no folder of a split, as most other images are: move it to "
+                                      "train, validation or test.")
     return labels, splits
 
 # %% ../../nbs/library/data/06_layout.ipynb #021fb842
@@ -53,7 +58,8 @@ COLUMNS = dict(
     file=("file", "filename", "filepath", "path", "image", "imagename", "imagepath", "imagefile", "imageid", "img",
           "patch", "patchname", "patchpath", "patchid", "tile", "tilename", "name", "id"),
     label=("label", "class", "classname", "category", "target", "diagnosis", "tissuetype", "labelname"),
-    patient=("patient", "patientid", "patientname", "case", "caseid", "subject", "subjectid", "donor", "donorid"),
+    patient=tuple(f"{who}{end}" for who in ("patient", "case", "subject", "donor", "participant")
+                  for end in ("", "id", "number", "no", "nr", "name")),
     slide=("slide", "slideid", "slidename", "wsi", "wsiid", "wsiname"),
     split=("split", "subset", "partition", "set"))
 
@@ -70,19 +76,27 @@ def read_manifest(
 ) -> pd.DataFrame: # columns of COLUMNS that it has, all text; `attrs['columns']`: its own names
     "Read a table of images, whatever its separator, encoding and column names."
     try:
-        text = _decoded(Path(path).read_bytes())
-        separator = max(",;\t", key=text.split("\n", 1)[0].count)
-        table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, skipinitialspace=True)
+        data = Path(path).read_bytes()
+        if data[:2] == b"PK": raise ValueError("it is a workbook or an archive, not text; save it as CSV")
+        text = _decoded(data).lstrip("\ufeff\r\n ")
+        separator = max(",;\t|", key=text.split("\n", 1)[0].count)
+        table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, skipinitialspace=True,
+                            index_col=False)
     except (ValueError, OSError) as e:
-        raise HistoDiffusionError(f"{path} is no table ({' '.join(str(e).split())}): repair or remove it.") from e
+        why = " ".join(str(e).split())[:200]
+        raise HistoDiffusionError(f"{path} is no table ({why}): repair or remove it.") from e
     own = {re.sub(r"[\W_]+", "", str(c).lower()): c for c in reversed(table.columns)}
     found = {name: own[n] for name, names in COLUMNS.items() if (n := next((n for n in names if n in own), None))}
     if "file" not in found:
         raise HistoDiffusionError(f"{path} has no column that names files, such as 'file' (its columns: "
-                                  f"{', '.join(map(str, table.columns))}): rename one, or remove the table.")
+                                  f"{_listed(table.columns)}): rename one, or remove the table.")
     read = pd.DataFrame({name: table[c].fillna("").str.strip() for name, c in found.items()})
-    read.attrs["columns"] = list(table.columns)
+    read.attrs |= dict(columns=list(table.columns), used=list(found.values()))
     return read
+
+def _listed(names, most=8):
+    "Some names as text."
+    return ", ".join(map(str, names[:most])) + f" and {len(names) - most} more"*(len(names) > most)
 
 # %% ../../nbs/library/data/06_layout.ipynb #9391dda2
 def _spellings(name):
@@ -98,15 +112,19 @@ def _stem(name):
 def match_rows(
     rows, # (R,) files as a table names them
     names, # (N,) paths of the images, with '/'
+    moved:bool=False, # whether images may be in another of the folders than their row says
 ) -> np.ndarray: # (R,) index of the image of each row; -1 none
     "Find the image of each row of a table."
     exact, ends = {n: i for i, n in enumerate(names)}, {}
     for i, n in enumerate(names):
         for e in _spellings(n): ends.setdefault(e, set()).add(i)
+    folders = {f for n in names for f in n.lower().split("/")[:-1]}
     def find(row):
         if row in exact: return exact[row]
-        hits = next((ends[e] for e in _spellings(row) if e in ends), ())
-        return next(iter(hits)) if len(hits) == 1 else -1
+        end = next((e for e in _spellings(row) if e in ends), None)
+        if end is None or len(ends[end]) > 1: return -1
+        before = _spellings(row)[0].split("/")[:-1 - end.count("/")]  # of the row's folders, those that were left out
+        return -1 if before and before[-1] in folders and not moved else next(iter(ends[end]))
     return np.array([find(r) for r in rows], dtype=int)
 
 # %% ../../nbs/library/data/06_layout.ipynb #8dae371d
@@ -125,12 +143,19 @@ class Layout:
     def classes(self): return tuple(sorted({*self.labels} - {""}))
 
 # %% ../../nbs/library/data/06_layout.ipynb #8d8f24b3
+_UNKNOWN = ("", "na", "n/a", "nan", "none", "null", "unknown", "-", "?")
+
 def group_keys(
     manifest, # DataFrame with a row for each patch, and a column `slide`, `patient` or both
 ) -> list: # one text per row, '' unknown
     "What a split must keep together: the patient, or the slide where the patient is unknown."
     known = [manifest[c].fillna("").astype(str) for c in ("patient", "slide") if c in manifest]
-    if known: return known[0].where(known[0] != "", known[-1]).tolist()
+    known = [v.where(~v.str.lower().isin(_UNKNOWN), "") for v in known]
+    if len(known) == 2:  # one patient of a slide is the patient of the whole slide
+        both = known[0][known[0] != ""].groupby(known[1]).agg(["first", "nunique"]).drop("", errors="ignore")
+        of_slide = known[1].map(both["first"][both["nunique"] == 1]).fillna(known[1])
+        return known[0].where(known[0] != "", of_slide).tolist()
+    if known: return known[0].tolist()
     raise HistoDiffusionError("The manifest has neither a column 'slide' nor 'patient': add one to split by it.")
 
 # %% ../../nbs/library/data/06_layout.ipynb #a8e77e9d
@@ -138,7 +163,8 @@ TILING = {"slide", "x", "y", "file"} # columns of a table that the tiler wrote
 
 def _partners(path, table, names, labelled):
     "The row of each image, -1 none; refuses a table that does not fit."
-    found, tiled = match_rows(table.file, names), TILING <= {*table.attrs["columns"]}
+    tiled = TILING <= {*table.attrs["columns"]}
+    found = match_rows(table.file, names, moved=tiled)
     row = np.full(len(names), -1)
     for r, i in enumerate(found):
         if i >= 0 and row[i] >= 0 and (table.iloc[row[i]] != table.iloc[r]).drop("file").any():
@@ -158,7 +184,10 @@ def _apply_table(layout, path):
     table = read_manifest(path)
     row = _partners(path, table, layout.names, {n for n, c in zip(layout.names, layout.labels) if c})
     values = lambda column: [table[column][r] if r >= 0 else "" for r in row]
-    if "label" in table: layout.labels = ["" if c.lower() in NO_CLASS else c for c in values("label")]
+    if "label" in table:
+        if layout.classes: layout.notes.append(f"classes are those of {path.name}, not those of the folders")
+        layout.labels = ["" if c.lower() in NO_CLASS else c for c in values("label")]
+        if n := layout.labels.count(""): layout.notes.append(f"{n} of {len(row)} images have no label in {path.name}")
     elif TILING <= {*table.attrs["columns"]}:  # where the tiler wrote a patch, its folder is the slide, not a class
         layout.labels = ["" if r >= 0 and table.file[r] == n else c
                          for n, c, r in zip(layout.names, layout.labels, row)]
@@ -166,15 +195,19 @@ def _apply_table(layout, path):
         if unknown := sorted({s for s in table["split"] if s and not _split_of(s)}):
             raise HistoDiffusionError(f"{path} has the split '{unknown[0]}': use train, validation and test.")
         layout.splits = [_split_of(s) for s in values("split")]
+        if n := sum(c != "" and s == "" for c, s in zip(layout.labels, layout.splits)):
+            layout.notes.append(f"{n} labelled images have no split in {path.name} and are used for training")
     if {"patient", "slide"} & {*table}:
         keys = group_keys(table)
         layout.groups = [keys[r] if r >= 0 else "" for r in row]
         layout.grouping = "patient" if "patient" in table and (table.patient != "").any() else "slide"
-    if not {"label", "patient", "slide", "split"} & {*table}:
-        layout.notes.append(f"{path.name} names no patient, slide, label or split (its columns: "
-                            f"{', '.join(map(str, table.attrs['columns']))}), so it is not used")
+    unused = [c for c in table.attrs["columns"] if c not in table.attrs["used"]]
+    if "patient" not in table and unused:
+        layout.notes.append(f"{path.name} has no column of patients that is recognised; not used: {_listed(unused)}")
 
 # %% ../../nbs/library/data/06_layout.ipynb #97cf67db
+_NOT_READ = (".gif", ".heic", ".heif", ".avif", ".jxl", ".dcm", ".npy", ".psd", ".exr", ".svs", ".ndpi", ".mrxs")
+
 def unlabelled_layout(
     folder, # with images
 ) -> Layout:
@@ -185,8 +218,12 @@ def unlabelled_layout(
         raise HistoDiffusionError(f"There is no image ({', '.join(IMAGE_SUFFIXES)}) below {folder}: check the path.")
     layout = Layout(files, names, [""]*len(names), [""]*len(names), None)
     for top in sorted(others.keys() - {n.split("/")[0] for n in names}):
-        kinds = ", ".join(f"{n} {s}" for s, n in others[top].most_common(3))
+        kinds = ", ".join(f"{n} {s}" for s, n in others[top].most_common(3)) or "empty, or a link to one that is read"
         layout.notes.append(f"folder '{top}' has no image that can be read ({kinds}) and is left out")
+    for top in sorted(others.keys() & {n.split("/")[0] for n in names}):
+        if odd := {s: n for s, n in others[top].items() if s in _NOT_READ}:
+            kinds = ", ".join(f"{n} {s}" for s, n in odd.items())
+            layout.notes.append(f"files of folder '{top}' cannot be read and are left out ({kinds})")
     return layout
 
 def read_layout(
@@ -196,7 +233,14 @@ def read_layout(
     "Read what a folder says of its images."
     folder = Path(folder)
     layout, path = unlabelled_layout(folder), Path(table) if table else folder/"manifest.csv"
-    named = table and "label" in read_manifest(path)  # then folders name nothing
-    if not named: layout.labels, layout.splits = _from_folders(layout.names)
-    if table or path.is_file(): _apply_table(layout, path)
+    known = {*read_manifest(path)} if table or path.is_file() else set()
+    if table and not {"label", "patient", "slide", "split"} & known:
+        raise HistoDiffusionError(f"{path} has no column of labels, patients, slides or splits: name them so.")
+    try: layout.labels, layout.splits = _from_folders(layout.names)
+    except HistoDiffusionError:
+        if "label" not in known: raise  # else the table names the classes
+    if known: _apply_table(layout, path)
+    if n := sum(c == "" for c in layout.labels) if layout.classes and "label" not in known else 0:
+        top = sum(name.split("/")[0].lower() in NO_CLASS for name in layout.names)
+        if n > top: layout.notes.append(f"{n - top} images are in no class folder and have no label")
     return layout

@@ -6,6 +6,7 @@
 __all__ = ['LEAK_COLUMNS', 'split_groups', 'target_splits', 'leakage', 'held_back', 'refuse_leakage', 'write_leaks']
 
 # %% ../../nbs/library/data/15_leakage.ipynb #ee086f44
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ def split_groups(
     keys:list, # (N,) content keys of its patches
     groups:list|None=None, # (N,) patient or slide of each patch, '' if unknown; None: all unknown
     size:int=64, # side of a phantom's patches, px
+    exact:bool=False, # equal patches form groups too; a split by content keeps them together anyway
 ) -> list|None: # (N,) group of each patch, which no split may divide; '' for a patch without a group
     "Patients or slides, merged with the copies within a set."
     from scipy.sparse import coo_array
@@ -29,6 +31,7 @@ def split_groups(
     near = pairs[pairs.kind == "near"]  # images with equal pixels have the same key
     edges = [(f"1{a}", f"1{b}") for a, b in zip(key[near.i], key[near.j])]
     edges += [(f"1{k}", f"0{g}") for k, g in zip(keys, groups or []) if g]
+    if exact: edges += [(f"1{k}", f"1{k}") for k, n in Counter(keys).items() if n > 1]
     if not edges: return groups
     nodes, ends = np.unique(np.array(edges, dtype=object), return_inverse=True)  # "0..." (patients) before keys
     links = coo_array((np.ones(len(edges)), ends.reshape(-1, 2).T), shape=(len(nodes),)*2)
@@ -47,7 +50,7 @@ def target_splits(
     given:list|None=None, # (N,) split of each patch, where the set says it, ''; None: nowhere
 ) -> tuple: # (N,) groups or None, and split name -> indices
     "The groups and the splits of a labelled set."
-    groups = split_groups(spec, keys, patients, size)
+    groups = split_groups(spec, keys, patients, size, exact=given is not None and any(given))
     return groups, split_patches(keys, groups, labels if patients and any(patients) else None, given)
 
 # %% ../../nbs/library/data/15_leakage.ipynb #79460e2f

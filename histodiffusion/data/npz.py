@@ -62,7 +62,10 @@ def npz_labels(
     "The labels of a split."
     with npz_array(path, f"{split}_labels") as (shape, dtype, f):
         if shape[1:] not in ((), (1,)): raise ValueError(f"{split}_labels are {shape}, not one label an image")
-        return _numbers(f, shape[:1], dtype).astype(np.int64)
+        labels = _numbers(f, shape[:1], dtype)
+        whole = dtype.kind != "f" or (labels == np.rint(labels)).all()
+        if not whole: raise ValueError(f"{split}_labels are no numbers of classes")
+        return labels.astype(np.int64)
 
 # %% ../../nbs/library/data/07_npz.ipynb #4f2be634
 def npz_classes(
@@ -70,8 +73,10 @@ def npz_classes(
 ) -> tuple: # names
     "The classes of an .npz file: the numbers that its labels run through."
     labels = np.concatenate([npz_labels(path, s) for s in NPZ_SPLITS])
-    if len(labels) and 0 <= labels.min() and labels.max() < 1000: return tuple(map(str, range(labels.max() + 1)))
-    raise HistoDiffusionError(f"{path} has no labels, or labels outside 0 to 999: number its classes from 0.")
+    found = np.unique(labels)
+    if 0 < len(found) <= 1000 and (found == np.arange(len(found))).all(): return tuple(map(str, found))
+    raise HistoDiffusionError(f"{path} has labels outside 0 to 999, none, or gaps between them: number its classes "
+                              "from 0, without gaps.")
 
 def npz_kinds(
     path, # .npz file
@@ -80,5 +85,7 @@ def npz_kinds(
     found = Counter()
     for split in NPZ_SPLITS:
         with npz_array(path, f"{split}_images") as (shape, _, _):
+            if shape[:1] != (n := npz_labels(path, split).shape):
+                raise ValueError(f"{split} has images {shape} and labels {n}")
             found["colour" if shape[3:] == (3,) else "grey"] += shape[0]
     return dict(found)

@@ -47,7 +47,8 @@ def folder_and_table(
     spec:str, # 'folder:PATH' or 'folder:PATH,labels=FILE'
 ) -> tuple: # folder, and the table's path or None
     "The two parts of a folder's name; a relative table is in the folder, or else here."
-    name, _, table = spec.removeprefix("folder:").partition(",labels=")
+    name, _, table = spec.removeprefix("folder:").rpartition(",labels=")
+    if not name or as_path(spec.removeprefix("folder:")).is_dir(): return as_path(spec.removeprefix("folder:")), None
     folder = as_path(name)
     inside = as_path(table, folder) if table else None
     return folder, inside if inside is None or inside.is_file() else as_path(table)
@@ -162,24 +163,25 @@ def _files_of(spec):
 def _facts(spec):
     "Fingerprint of a set, and how many of its images are grey, in colour or unreadable; stored until a file changes."
     folder, files = _files_of(spec)
-    def about(p): return os.path.relpath(p, folder), *_size_and_time(p)
+    def about(p): return os.path.relpath(p, folder), *_state(p)
     listing, where = hash_object([about(p) for p in files]), hash_object([str(folder), spec.partition(",")[2]])[:16]
     stored = load_settings().data_home/"packed"/"fingerprints"/f"{where}.json"
     if stored.is_file() and (old := read_json(stored)).get("listing") == listing and "kinds" in old: return old
     rows, kinds = [], Counter()
     for p in progress(files, desc=f"hashing {short_name(spec)}", unit="file"):
         kind = stat.S_IFMT(p.stat().st_mode) if p.exists() else None  # a link to nothing
-        content = hash_file(p) if p.is_file() else kind  # or a pipe, a device, a folder
+        try: content = hash_file(p) if p.is_file() else kind  # or a pipe, a device, a folder
+        except OSError as e: content = e.strerror  # no permission
         rows.append((os.path.relpath(p, folder), content))
         if p.suffix.lower() in IMAGE_SUFFIXES: kinds[image_kind(p)] += 1
     facts = dict(files=len(files), listing=listing, fingerprint=hash_object(rows)[:16], kinds=dict(kinds))
     write_json(stored, facts)
     return facts
 
-def _size_and_time(path):
+def _state(path):
     try: s = path.stat()
-    except OSError: return None, None  # a broken link
-    return s.st_size, s.st_mtime_ns
+    except OSError: return (None,)*3  # a broken link
+    return s.st_size, s.st_mtime_ns, s.st_mode
 
 # %% ../../nbs/library/data/08_patches.ipynb #483d2b4e
 def dataset_fingerprint(
@@ -203,7 +205,8 @@ def packed_dataset(
     skip_corrupt:bool=False, # report corrupt images and leave them out, instead of stopping
 ) -> PackedImages:
     "All images of a set, mapped into memory; packed at the first call."
-    name = f"{spec.split(':')[0]}-{dataset_fingerprint(spec)}-{READING}"
+    limit = load_settings().max_megapixels  # decides which images are read
+    name = f"{spec.split(':')[0]}-{dataset_fingerprint(spec)}-{READING}" + f"-{limit:g}"*(limit != 50)
     folder = load_settings().data_home/"packed"/name
     if not (folder/"index.json").is_file():
         pack = {"phantom": _pack_phantom, "npz": _pack_npz}.get(spec.split(":")[0])
@@ -428,6 +431,8 @@ def labelled_fraction(
     "Draw a share of the labels class by class; subsets of one seed are nested, and follow content, not order."
     if not 0 < fraction <= 1:
         raise HistoDiffusionError(f"label_fraction is {fraction}: use a number above 0 and up to 1.")
+    if not len(labels):
+        raise HistoDiffusionError("The training split has no patch: add patches, or patients where there are few.")
     rank, chosen = np.array([derive_seed(seed, k) for k in keys]), []
     for c in range(max(len(classes), int(labels.max()) + 1)):
         members = np.flatnonzero(labels == c)
@@ -465,9 +470,10 @@ def check_target(
     owners, most = {*known}, max(Counter(known).values(), default=0)
     few = [f"few patients or slides in the test split ({len(owners)}): the interval of the gain will be wide"]
     sides = {name: {patients[i] for i in splits[name]} - {""} for name in splits} if patients else {}
-    both = sides.get("test", set()) & (sides.get("train", set()) | sides.get("validation", set()))
-    cross = [f"{len(both)} patients, slides or sets of copies are on both sides of the given test split (such as "
-             f"{min(both)}): the accuracy will be too high"] if both else []
+    on = Counter(g for side in sides.values() for g in side)
+    both = sorted(g for g, n in on.items() if n > 1)
+    cross = [f"{len(both)} patients, slides or sets of copies are in more than one of the given splits (such as "
+             f"{both[0]}): the accuracy will be too high"] if both else []
     one = ["one patient or slide has more than half of the test patches: no interval is right there"]
     return lines + cross + few*(0 < len(owners) < FEW["groups"]) + one*(2*most > len(splits["test"]))
 

@@ -21,7 +21,8 @@ from scipy import ndimage
 
 from ..core import (
     HistoDiffusionError, as_path, atomic_path, derive_seed, load_settings, progress, read_json, write_json, write_text)
-from .images import IMAGE_SUFFIXES, as_8_bits, check_regular, open_image, walk_folder
+from .images import (
+    IMAGE_SUFFIXES, as_8_bits, check_regular, one_page, open_image, walk_folder)
 
 # %% ../../nbs/library/data/16_slides.ipynb #b7feb870
 def otsu_threshold(
@@ -94,7 +95,7 @@ def _open_image(path):
     names = {270: "ImageDescription", 282: "XResolution", 283: "YResolution", 296: "ResolutionUnit"}
     with open_image(path, 10*load_settings().max_megapixels, "save it as a tiled TIFF, or ") as im:
         tags = getattr(im, "tag_v2", {})
-        return (_openslide().ImageSlide(as_8_bits(im, path).convert("RGB")),
+        return (_openslide().ImageSlide(as_8_bits(one_page(im, path), path).convert("RGB")),
                 {f"tiff.{v}": tags.get(k) for k, v in names.items()})
 
 # %% ../../nbs/library/data/16_slides.ipynb #86b99595
@@ -351,13 +352,17 @@ def tile_slides(
     if parts: print(f"{len(parts)} further DICOM file(s) belong to slides that are listed, such as {parts[0].name}")
     if beside: print(f"{len(beside)} image(s) beside slides left alone, such as {beside[0].name} (--images tiles them)")
     _claim(out, asdict(tiling))
+    skipped = []
     try:
         for i, (path, name) in enumerate(zip(files, slide_names(files)), 1):
             try: _is_done(path, out, name) or _tile_one(path, out, name, tiling, f"{name} ({i} of {len(files)})")
             except HistoDiffusionError as e:
                 if not skip_corrupt: raise
+                skipped.append(path)
                 print(f"skipped: {e}")
     finally: manifest = _collect(out)  # what was done before an error stays, and is listed
+    if len(skipped) == len(files):
+        raise HistoDiffusionError(f"None of {len(files)} slide(s) of {source} can be tiled: see above.")
     if manifest.empty:
         blue = ", or give --any-colour if the tissue is blue or green (trichrome, Alcian blue)"*(not tiling.any_colour)
         raise HistoDiffusionError(f"No tile of {source} has a tissue share of {tiling.tissue} or more: lower "
