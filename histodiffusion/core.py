@@ -61,6 +61,8 @@ def _read_ini(path, changed):
     except (configparser.Error, UnicodeDecodeError) as e:
         why = "it is not encoded as UTF-8" if isinstance(e, UnicodeDecodeError) else " ".join(str(e).split())[:200]
         raise HistoDiffusionError(f"{path} cannot be read as settings ({why}): correct it.") from e
+    for name in ini["histodiffusion"].keys() - _DEFAULTS.keys() - ini.defaults().keys():
+        raise HistoDiffusionError(f"{path} has the unknown setting '{name}': use {', '.join(_DEFAULTS)}.")
     return dict(ini["histodiffusion"])
 
 # %% ../nbs/library/00_core.ipynb #e1c2aa96

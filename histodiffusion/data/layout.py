@@ -7,7 +7,7 @@ __all__ = ['NO_CLASS', 'SPLIT_NAMES', 'COLUMNS', 'TILING', 'read_manifest', 'mat
            'unlabelled_layout', 'read_layout']
 
 # %% ../../nbs/library/data/06_layout.ipynb #026cfccb
-import io, re
+import io, re, unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -101,7 +101,8 @@ def _listed(names, most=8):
 # %% ../../nbs/library/data/06_layout.ipynb #9391dda2
 def _spellings(name):
     "The ends of a path, longest first: with and without the suffix, in small letters."
-    parts = [p for p in name.replace("\\", "/").lower().split("/") if p not in ("", ".")]
+    name = unicodedata.normalize("NFC", name.replace("\\", "/")).lower()  # macOS writes accents as two letters
+    parts = [p for p in name.split("/") if p not in ("", ".")]
     ends = ["/".join(parts[i:]) for i in range(len(parts))]
     return [e for end in ends for e in dict.fromkeys([end, _stem(end)])]
 
