@@ -95,8 +95,9 @@ def read_manifest(
     return read
 
 def _listed(names, most=8):
-    "Some names as text."
-    return ", ".join(map(str, names[:most])) + f" and {len(names) - most} more"*(len(names) > most)
+    "Some names as text, whatever a broken table holds."
+    short = lambda n: "".join(c if c.isprintable() else "?" for c in str(n)[:60]) + "…"*(len(str(n)) > 60)
+    return ", ".join(map(short, names[:most])) + f" and {len(names) - most} more"*(len(names) > most)
 
 # %% ../../nbs/library/data/06_layout.ipynb #9391dda2
 def _spellings(name):
@@ -173,7 +174,7 @@ def _partners(path, table, names, labelled):
         if i >= 0: row[i] = r
     lost = [] if tiled else [f for f, i in zip(table.file, found) if i < 0]
     alone = [] if "label" in table else [n for n, r in zip(names, row) if r < 0 and n in labelled]
-    faults = [f"{len(x)} {what} (such as {x[0]})" for x, what in ((lost, "row(s) name no image"),
+    faults = [f"{len(x)} {what} (such as {_listed(x[:1])})" for x, what in ((lost, "row(s) name no image"),
                                                                 (alone, "image(s) have no row")) if x]
     if not faults: return row
     raise HistoDiffusionError(f"{path} does not fit the images: {', and '.join(faults)}: correct the names, add rows "
@@ -194,7 +195,7 @@ def _apply_table(layout, path):
                          for n, c, r in zip(layout.names, layout.labels, row)]
     if "split" in table:
         if unknown := sorted({s for s in table["split"] if s and not _split_of(s)}):
-            raise HistoDiffusionError(f"{path} has the split '{unknown[0]}': use train, validation and test.")
+            raise HistoDiffusionError(f"{path} has the split '{_listed(unknown[:1])}': use train, validation and test.")
         layout.splits = [_split_of(s) for s in values("split")]
         if n := sum(c != "" and s == "" for c, s in zip(layout.labels, layout.splits)):
             layout.notes.append(f"{n} labelled images have no split in {path.name} and are used for training")
