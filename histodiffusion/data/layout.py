@@ -187,7 +187,7 @@ def _apply_table(layout, path):
     row = _partners(path, table, layout.names, {n for n, c in zip(layout.names, layout.labels) if c})
     values = lambda column: [table[column][r] if r >= 0 else "" for r in row]
     if "label" in table:
-        if layout.classes: layout.notes.append(f"classes are those of {path.name}, not those of the folders")
+        if len(layout.classes) > 1: layout.notes.append(f"classes are those of {path.name}, not those of the folders")
         layout.labels = ["" if c.lower() in NO_CLASS else c for c in values("label")]
         if n := layout.labels.count(""): layout.notes.append(f"{n} of {len(row)} images have no label in {path.name}")
     elif TILING <= {*table.attrs["columns"]}:  # where the tiler wrote a patch, its folder is the slide, not a class
