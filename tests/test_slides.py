@@ -251,6 +251,9 @@ def test_slides_of_one_name_in_linked_folders(slide, tmp_path):
     for _ in range(2):  # the second call changes nothing
         manifest = tile_slides(tmp_path / "source", tmp_path / "out", size=SIZE)
         assert set(manifest.slide) == {"p1_HE", "p2_HE"} and manifest.slide.value_counts().nunique() == 1
+    tile_slides(tmp_path / "real" / "p1" / "HE.tif", tmp_path / "one", size=SIZE)
+    with pytest.raises(HistoDiffusionError, match="which is now named p._HE: delete that folder"):
+        tile_slides(tmp_path / "real", tmp_path / "one", size=SIZE)
     assert load_layout(tmp_path / "out") == ((), {"p1_HE", "p2_HE"})
 
 

@@ -321,6 +321,15 @@ def _is_done(path, out, name):
         raise HistoDiffusionError(f"{record.parent} was made from another {path.name}: {_OTHER}")
     return record.is_file()
 
+def _refuse_renamed(out, files, names):
+    "Refuse to tile a slide again under another name, as happens when a slide of the same name is added."
+    for record in out.glob("*/slide.json"):
+        made = read_json(record) if record.parent.name not in names else {}
+        for path, name in zip(files, names):
+            if path.is_file() and (path.name, path.stat().st_size) == (made.get("source"), made.get("bytes")):
+                raise HistoDiffusionError(f"{record.parent} seems to be made from {path}, which is now named {name}: "
+                                          "delete that folder, or give another one.")
+
 def _collect(out):
     "Write the manifest of all slides done so far; remove a tiling without patches."
     records, path = sorted(out.glob("*/slide.json")), out/"manifest.csv"
@@ -352,9 +361,10 @@ def tile_slides(
     if parts: print(f"{len(parts)} further DICOM file(s) belong to slides that are listed, such as {parts[0].name}")
     if beside: print(f"{len(beside)} image(s) beside slides left alone, such as {beside[0].name} (--images tiles them)")
     _claim(out, asdict(tiling))
-    skipped = []
+    names, skipped = slide_names(files), []
+    _refuse_renamed(out, files, names)
     try:
-        for i, (path, name) in enumerate(zip(files, slide_names(files)), 1):
+        for i, (path, name) in enumerate(zip(files, names), 1):
             try: _is_done(path, out, name) or _tile_one(path, out, name, tiling, f"{name} ({i} of {len(files)})")
             except HistoDiffusionError as e:
                 if not skip_corrupt: raise
