@@ -7,7 +7,7 @@ __all__ = ['NO_CLASS', 'SPLIT_NAMES', 'COLUMNS', 'TILING', 'read_manifest', 'mat
            'unlabelled_layout', 'read_layout']
 
 # %% ../../nbs/library/data/06_layout.ipynb #026cfccb
-import io, re, unicodedata
+import io, re, unicodedata, warnings
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -80,8 +80,13 @@ def read_manifest(
         if data[:2] == b"PK": raise ValueError("it is a workbook or an archive, not text; save it as CSV")
         text = _decoded(data).lstrip("\ufeff\r\n ")
         separator = max(",;\t|", key=text.split("\n", 1)[0].count)
-        table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, skipinitialspace=True,
-                            index_col=False)
+        text = re.sub(rf"[{separator} ]+(?=\r?\n|$)", "", text)  # empty cells at the ends of rows
+        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
+            table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False,
+                                skipinitialspace=True, index_col=False).fillna("")
+    except pd.errors.ParserWarning as e:
+        raise HistoDiffusionError(f"{path} has rows with more cells than columns: name every column, or quote cells "
+                                  "that contain a separator.") from e
     except (ValueError, OSError) as e:
         why = " ".join(str(e).split())[:200]
         raise HistoDiffusionError(f"{path} is no table ({why}): repair or remove it.") from e
