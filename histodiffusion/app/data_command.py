@@ -48,15 +48,14 @@ def show(options) -> None:
 
 def grouping(target, patches) -> str:
     "What the splits of a labelled set keep together."
-    from histodiffusion.data.patches import dataset_layout, in_arrays
+    from histodiffusion.data.patches import dataset_layout
 
     given = "splits as the set gives them" if patches.splits else "splits made here, 60, 10 and 30 %"
     if not patches.groups:
         return f"{given}; no patient or slide is known" + ", so they follow the content of each patch" * (not patches.splits)
-    kind = "patient or slide" if in_arrays(target) else dataset_layout(target).grouping
     known = [g for g in patches.groups if g]
     rest = f", the other {len(patches) - len(known)} go by content" * (len(known) < len(patches))
-    return f"{given}; {len({*known})} {kind}s group {len(known)} patches{rest}"
+    return f"{given}; {len({*known})} {dataset_layout(target).grouping} group {len(known)} patches{rest}"
 
 
 def notes(target) -> list:

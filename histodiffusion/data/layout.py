@@ -70,6 +70,12 @@ def _decoded(data):
         except UnicodeDecodeError: continue
     return data.decode("latin-1")
 
+# %% ../../nbs/library/data/06_layout.ipynb #72f29be8
+def _listed(names, most=8):
+    "Some names as text, whatever a broken table holds."
+    short = lambda n: "".join(c if c.isprintable() else "?" for c in str(n)[:60]) + "…"*(len(str(n)) > 60)
+    return ", ".join(map(short, names[:most])) + f" and {len(names) - most} more"*(len(names) > most)
+
 # %% ../../nbs/library/data/06_layout.ipynb #db9b24ca
 def read_manifest(
     path, # .csv file
@@ -98,11 +104,6 @@ def read_manifest(
     read = pd.DataFrame({name: table[c].fillna("").str.strip() for name, c in found.items()})
     read.attrs |= dict(columns=list(table.columns), used=list(found.values()))
     return read
-
-def _listed(names, most=8):
-    "Some names as text, whatever a broken table holds."
-    short = lambda n: "".join(c if c.isprintable() else "?" for c in str(n)[:60]) + "…"*(len(str(n)) > 60)
-    return ", ".join(map(short, names[:most])) + f" and {len(names) - most} more"*(len(names) > most)
 
 # %% ../../nbs/library/data/06_layout.ipynb #9391dda2
 def _spellings(name):
@@ -143,7 +144,7 @@ class Layout:
     labels: list # (N,) class names, '' unlabelled
     splits: list # (N,) 'train', 'validation' or 'test', as given; '' not given
     groups: list|None # (N,) patient or slide, '' unknown; None: no table names them
-    grouping: str = "" # 'patient' or 'slide': what most groups are
+    grouping: str = "" # 'patients', 'slides' or 'patients or slides': what the groups are
     notes: list = field(default_factory=list) # what was left out, a sentence each
 
     @property
@@ -186,9 +187,8 @@ def _partners(path, table, names, labelled):
                               "or remove them.")
 
 # %% ../../nbs/library/data/06_layout.ipynb #9573e0bf
-def _apply_table(layout, path):
-    "Set labels, splits and groups of a layout from a table."
-    table = read_manifest(path)
+def _apply_table(layout, path, table):
+    "Set labels, splits and groups of a layout from the table at a path."
     row = _partners(path, table, layout.names, {n for n, c in zip(layout.names, layout.labels) if c})
     values = lambda column: [table[column][r] if r >= 0 else "" for r in row]
     if "label" in table:
@@ -207,7 +207,7 @@ def _apply_table(layout, path):
     if {"patient", "slide"} & {*table}:
         keys = group_keys(table)
         layout.groups = [keys[r] if r >= 0 else "" for r in row]
-        layout.grouping = "patient" if "patient" in table and (table.patient != "").any() else "slide"
+        layout.grouping = "patients" if "patient" in table and (table.patient != "").any() else "slides"
     unused = [c for c in table.attrs["columns"] if c not in table.attrs["used"]]
     if "patient" not in table and unused:
         layout.notes.append(f"{path.name} has no column of patients that is recognised; not used: {_listed(unused)}")
@@ -233,6 +233,7 @@ def unlabelled_layout(
             layout.notes.append(f"files of folder '{top}' cannot be read and are left out ({kinds})")
     return layout
 
+# %% ../../nbs/library/data/06_layout.ipynb #e49315d8
 def read_layout(
     folder, # with images
     table=None, # .csv with a row for each image; None: its manifest.csv, if it has one
@@ -240,14 +241,14 @@ def read_layout(
     "Read what a folder says of its images."
     folder = Path(folder)
     layout, path = unlabelled_layout(folder), Path(table) if table else folder/"manifest.csv"
-    known = {*read_manifest(path)} if table or path.is_file() else set()
-    if table and not {"label", "patient", "slide", "split"} & known:
+    rows = read_manifest(path) if table or path.is_file() else pd.DataFrame()
+    if table and not {"label", "patient", "slide", "split"} & {*rows}:
         raise HistoDiffusionError(f"{path} has no column of labels, patients, slides or splits: name them so.")
     try: layout.labels, layout.splits = _from_folders(layout.names)
     except HistoDiffusionError:
-        if "label" not in known: raise  # else the table names the classes
-    if known: _apply_table(layout, path)
-    if n := sum(c == "" for c in layout.labels) if layout.classes and "label" not in known else 0:
-        top = sum(name.split("/")[0].lower() in NO_CLASS for name in layout.names)
-        if n > top: layout.notes.append(f"{n - top} images are in no class folder and have no label")
+        if "label" not in rows: raise  # else the table names the classes
+    if len(rows.columns): _apply_table(layout, path, rows)
+    stray = [n for n, c in zip(layout.names, layout.labels) if not c and n.split("/")[0].lower() not in NO_CLASS]
+    if stray and layout.classes and "label" not in rows:
+        layout.notes.append(f"{len(stray)} images are in no class folder and have no label, such as {stray[0]}")
     return layout
