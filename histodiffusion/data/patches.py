@@ -9,7 +9,7 @@ __all__ = ['READING', 'SPLITS', 'FEW', 'parse_phantom', 'folder_and_table', 'sho
            'load_patches', 'unreadable_images', 'split_patches', 'labelled_fraction', 'check_target']
 
 # %% ../../nbs/library/data/08_patches.ipynb #0140ea4d
-import contextlib, os, stat
+import contextlib, functools, os, stat
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +107,7 @@ def dataset_layout(
     table = folder_and_table(spec)[1] if spec.startswith("folder:") else None
     found = read_layout(dataset_folder(spec), table)
     if found.groups is None and spec in REGISTRY and REGISTRY[spec].grouping:
-        found.groups, found.grouping = [group_of(spec, p) or "" for p in found.files], "patient or slide"
+        found.groups, found.grouping = [group_of(spec, p) or "" for p in found.files], "patients or slides"
     return found
 
 # %% ../../nbs/library/data/08_patches.ipynb #b3a12e8f
@@ -160,40 +160,46 @@ def _files_of(spec):
     table = table or folder/"manifest.csv"
     return folder, find_images(folder)[0] + [table]*table.is_file()
 
+def _state(path):
+    "What changes when a file does; None of a link to nothing."
+    try: s = path.stat()
+    except OSError: return None
+    return s.st_size, s.st_mtime_ns, s.st_mode
+
+# %% ../../nbs/library/data/08_patches.ipynb #b1041278
+def _content(path):
+    "Hash of a file, or what else is there: a folder, a pipe, nothing, or something that may not be read."
+    try: return hash_file(path) if path.is_file() else stat.S_IFMT(path.stat().st_mode)
+    except OSError as e: return e.strerror
+
 def _facts(spec):
     "Fingerprint of a set, and how many of its images are grey, in colour or unreadable; stored until a file changes."
     folder, files = _files_of(spec)
-    def about(p): return os.path.relpath(p, folder), *_state(p)
-    listing, where = hash_object([about(p) for p in files]), hash_object([str(folder), spec.partition(",")[2]])[:16]
+    limit = load_settings().max_megapixels  # decides which images are read
+    listing = hash_object([limit, *((os.path.relpath(p, folder), _state(p)) for p in files)])
+    where = hash_object([str(folder), spec.partition(",")[2]])[:16]
     stored = load_settings().data_home/"packed"/"fingerprints"/f"{where}.json"
     if stored.is_file() and (old := read_json(stored)).get("listing") == listing and "kinds" in old: return old
     rows, kinds = [], Counter()
     for p in progress(files, desc=f"hashing {short_name(spec)}", unit="file"):
-        kind = stat.S_IFMT(p.stat().st_mode) if p.exists() else None  # a link to nothing
-        try: content = hash_file(p) if p.is_file() else kind  # or a pipe, a device, a folder
-        except OSError as e: content = e.strerror  # no permission
-        rows.append((os.path.relpath(p, folder), content))
-        if p.suffix.lower() in IMAGE_SUFFIXES: kinds[image_kind(p)] += 1
+        kind = image_kind(p) if p.suffix.lower() in IMAGE_SUFFIXES else ""
+        rows.append((os.path.relpath(p, folder), kind if kind == "too large" else _content(p)))
+        if kind: kinds[kind] += 1
     facts = dict(files=len(files), listing=listing, fingerprint=hash_object(rows)[:16], kinds=dict(kinds))
     write_json(stored, facts)
     return facts
-
-def _state(path):
-    try: s = path.stat()
-    except OSError: return (None,)*3  # a broken link
-    return s.st_size, s.st_mtime_ns, s.st_mode
 
 # %% ../../nbs/library/data/08_patches.ipynb #483d2b4e
 def dataset_fingerprint(
     spec:str, # name of a set
 ) -> str: # 16 hexadecimal digits
-    "Hash of the names and bytes of a set's images and its table (phantom: of its name)."
+    "Hash of the names and bytes of a set's images and its table (phantom: of its name); of images too large, names."
     if spec.startswith("phantom:"): return hash_object(["phantom", *parse_phantom(spec)])[:16]
     return _facts(spec)["fingerprint"]
 
 def dataset_kinds(
     spec:str, # `folder:PATH` or `npz:PATH`
-) -> dict: # 'grey', 'colour' and 'unreadable' -> number of images
+) -> dict: # 'grey', 'colour', 'too large' and 'unreadable' -> number of images
     "How many images of a set have no colour, by their headers."
     return npz_kinds(_npz_path(spec)) if spec.startswith("npz:") else _facts(spec)["kinds"]
 
@@ -205,19 +211,23 @@ def packed_dataset(
     skip_corrupt:bool=False, # report corrupt images and leave them out, instead of stopping
 ) -> PackedImages:
     "All images of a set, mapped into memory; packed at the first call."
-    limit = load_settings().max_megapixels  # decides which images are read
-    name = f"{spec.split(':')[0]}-{dataset_fingerprint(spec)}-{READING}" + f"-{limit:g}"*(limit != 50)
+    name = f"{spec.split(':')[0]}-{dataset_fingerprint(spec)}-{READING}"
     folder = load_settings().data_home/"packed"/name
     if not (folder/"index.json").is_file():
         pack = {"phantom": _pack_phantom, "npz": _pack_npz}.get(spec.split(":")[0])
         pack = pack or (_pack_hdf5 if in_arrays(spec) else _pack_files)
-        packed = pack(spec, folder, desc=f"packing {short_name(spec)}")
-        for _, why in packed.corrupt if skip_corrupt else (): print(f"skipped: {why}")
+        pack(spec, folder, desc=f"packing {short_name(spec)}")
     packed = open_packed(folder)
+    if skip_corrupt: _name_skipped(folder)
     if skip_corrupt or not packed.corrupt: return packed
     others = f" ({len(packed.corrupt)} images of {short_name(spec)} cannot be read)"*(len(packed.corrupt) > 1)
     first = f"{path_text(dataset_folder(spec))}/{packed.corrupt[0][1].removesuffix('.')}"
     raise HistoDiffusionError(f"{first}{others}.")
+
+@functools.cache
+def _name_skipped(folder):
+    "Print which images of a packed set are left out; once in a process."
+    for _, why in open_packed(folder).corrupt: print(f"skipped: {why}")
 
 # %% ../../nbs/library/data/08_patches.ipynb #28155499
 def _pack_files(spec, folder, **kwargs):
@@ -263,11 +273,9 @@ def _pack_npz(spec, folder, **kwargs):
         y = npz_labels(path, name)
         labels, splits = labels + y.tolist(), splits + [split]*len(y)
     stream = (x for name in NPZ_SPLITS for x in npz_images(path, name))
-    def read(_):
-        if (image := next(stream, None)) is not None: return image
-        raise HistoDiffusionError(f"{path} has more labels than images: fetch it again.")
     names = [f"{s}/{i}" for i, s in enumerate(splits)]
-    return pack_images(splits, folder, read, names, labels, npz_classes(path), splits=splits, **kwargs)
+    return pack_images(splits, folder, lambda _: next(stream), names, labels, npz_classes(path), splits=splits,
+                       **kwargs)
 
 # %% ../../nbs/library/data/08_patches.ipynb #c40e56c7
 @dataclass(repr=False)
@@ -444,6 +452,14 @@ def labelled_fraction(
         chosen.append(members[np.argsort(rank[members], kind="stable")[:n]])
     return np.sort(np.concatenate(chosen))
 
+# %% ../../nbs/library/data/08_patches.ipynb #81420150
+def _crossing(splits, groups):
+    "A sentence if a group is in more than one split, as splits that a set gives may have it."
+    sides = [{groups[i] for i in s} - {""} for s in splits.values()] if len(groups) else []
+    both = sorted(g for g, n in Counter(g for side in sides for g in side).items() if n > 1)
+    return [f"{len(both)} patients, slides or sets of copies are in more than one of the given splits (such as "
+            f"{both[0]}): the accuracy will be too high"] if both else []
+
 # %% ../../nbs/library/data/08_patches.ipynb #6409c30a
 FEW = dict(labelled=10, validation=5, test=10, groups=10)  # patches of a class, or patients; fewer are named
 
@@ -469,13 +485,9 @@ def check_target(
     known = [patients[i] for i in splits["test"]] if patients and any(patients) else []
     owners, most = {*known}, max(Counter(known).values(), default=0)
     few = [f"few patients or slides in the test split ({len(owners)}): the interval of the gain will be wide"]
-    sides = {name: {patients[i] for i in splits[name]} - {""} for name in splits} if patients else {}
-    on = Counter(g for side in sides.values() for g in side)
-    both = sorted(g for g, n in on.items() if n > 1)
-    cross = [f"{len(both)} patients, slides or sets of copies are in more than one of the given splits (such as "
-             f"{both[0]}): the accuracy will be too high"] if both else []
     one = ["one patient or slide has more than half of the test patches: no interval is right there"]
-    return lines + cross + few*(0 < len(owners) < FEW["groups"]) + one*(2*most > len(splits["test"]))
+    lines += _crossing(splits, patients or [])
+    return lines + few*(0 < len(owners) < FEW["groups"]) + one*(2*most > len(splits["test"]))
 
 _SCARCE = dict(labelled="a generator can hardly learn these classes; use a larger label fraction",
                validation="choices made on them are uncertain", test="their recall can hardly be measured")
