@@ -165,6 +165,7 @@ def _blocks(low_a, block):
         for c, inside in enumerate(members): yield inside, np.flatnonzero((near == c).any(1))
     return probe
 
+# %% ../../nbs/library/data/14_copies.ipynb #e86dcee9
 def _alike(thumbs_a, thumbs_b, coarse, detail, desc, block=1 << 23):
     "(i, j, position of j, coarse, detail) of each pair above both thresholds."
     (low_a, fine_a), parts_b, found = _split_parts(cosine_parts(thumbs_a)), cosine_parts(thumbs_b), []

@@ -342,6 +342,20 @@ def _collect(out):
         write_text(path, manifest.to_csv(index=False))
     return manifest
 
+# %% ../../nbs/library/data/16_slides.ipynb #363e1096
+def _checked_tiling(settings):
+    "Settings of a tiling, or a sentence that says what is wrong with them."
+    try: return Tiling(**settings)
+    except ValidationError as e:
+        why = [f"{x['loc'][0]} is {x['input']!r}: {x['msg']}" if x["loc"] else x["msg"] for x in e.errors()]
+        raise HistoDiffusionError("; ".join(why).replace("Value error, ", "") + ".") from None
+
+def _say_left(left):
+    "Name the files that are not tiled."
+    parts, beside = ([p for p in left if (p.suffix.lower() == ".dcm") is dicom] for dicom in (True, False))
+    if parts: print(f"{len(parts)} further DICOM file(s) belong to slides that are listed, such as {parts[0].name}")
+    if beside: print(f"{len(beside)} image(s) beside slides left alone, such as {beside[0].name} (--images tiles them)")
+
 # %% ../../nbs/library/data/16_slides.ipynb #ca6e9e10
 def tile_slides(
     source, # a slide, an ordinary image, or a folder of them
@@ -351,15 +365,10 @@ def tile_slides(
     **settings, # fields of `Tiling`
 ) -> pd.DataFrame: # one row per patch; also written as `out/manifest.csv`
     "Cut slides into patches of tissue; a second call continues where the first was stopped."
-    try: tiling, out = Tiling(**settings), as_path(out)
-    except ValidationError as e:
-        why = [f"{x['loc'][0]} is {x['input']!r}: {x['msg']}" if x["loc"] else x["msg"] for x in e.errors()]
-        raise HistoDiffusionError("; ".join(why).replace("Value error, ", "") + ".") from None
+    tiling, out = _checked_tiling(settings), as_path(out)
     _openslide()
     files, left = list_slides(source, out, images)
-    parts, beside = ([p for p in left if (p.suffix.lower() == ".dcm") is dicom] for dicom in (True, False))
-    if parts: print(f"{len(parts)} further DICOM file(s) belong to slides that are listed, such as {parts[0].name}")
-    if beside: print(f"{len(beside)} image(s) beside slides left alone, such as {beside[0].name} (--images tiles them)")
+    _say_left(left)
     _claim(out, asdict(tiling))
     names, skipped = slide_names(files), []
     _refuse_renamed(out, files, names)
