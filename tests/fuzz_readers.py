@@ -239,6 +239,12 @@ def attempt(make, seed, folder):
         signal.alarm(0)
 
 
+def limit_memory():
+    "Let this process use so much memory beyond what it has now."
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (MEBIBYTES << 20),) * 2)
+
+
 def _late(*_):
     raise TimeoutError(f"took more than {SECONDS} s")
 
@@ -250,8 +256,7 @@ def work(reader, seed, end, place, report):
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     make = READERS[reader]()
     signal.signal(signal.SIGALRM, _late)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (MEBIBYTES << 20),) * 2)
+    limit_memory()
     while time.time() < end:
         folder = Path(place) / f"{reader}-{seed}"
         folder.mkdir(parents=True)

@@ -12,7 +12,15 @@ from histodiffusion.app.cli import main
 from histodiffusion.core import HistoDiffusionError
 from histodiffusion.data.images import read_image
 from histodiffusion.data.leakage import target_splits
-from histodiffusion.data.patches import dataset_channels, dataset_classes, list_images, load_patches, packed_dataset
+from histodiffusion.data.packed import content_key
+from histodiffusion.data.patches import (
+    dataset_channels,
+    dataset_classes,
+    list_images,
+    load_patches,
+    packed_dataset,
+    split_patches,
+)
 from histodiffusion.data.phantom import phantom_patches
 
 CLASSES = ("AC", "H", "S")
@@ -333,12 +341,16 @@ def test_what_is_not_used_is_said(write, capsys):
     assert "has no column of patients that is recognised; not used: who" in said
 
 
-def test_an_empty_training_split_is_one_sentence(home):
-    for c in CLASSES:
+def test_an_empty_training_split_is_one_sentence(home, capsys):
+    flat = {v: np.full((16, 16, 1), v, np.uint8) for v in range(60)}
+    split = split_patches([content_key(x) for x in flat.values()])
+    for c, name in zip(CLASSES, ("validation", "test", "test")):  # by what the patches hold, none to train on
         (home / "same" / c).mkdir(parents=True)
         for i in range(5):
-            Image.new("L", (16, 16), 9).save(home / "same" / c / f"{i}.png")
+            Image.fromarray(flat[split[name][0]].squeeze()).save(home / "same" / c / f"{i}.png")
     assert main(show(home / "same")) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "The training split has no patch" in said
 
 
 def test_npz_files_are_sets_with_their_splits(home, tissue, capsys):
