@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GAN_BATCH', 'diff_augment', 'Generator', 'Critic', 'GANLoss', 'train_gan', 'sample_gan', 'colour_features',
-           'linear_probe']
+           'fit_linear_probe', 'linear_probe']
 
 # %% ../../nbs/library/models/11_baselines.ipynb #b10288ef
 import torch.nn.functional as F
@@ -173,6 +173,36 @@ def colour_features(
     return np.sqrt(counts/counts.sum(1, keepdims=True))
 
 # %% ../../nbs/library/models/11_baselines.ipynb #66302b3b
+def fit_linear_probe(
+    features:np.ndarray, # (N, D) of labelled patches
+    labels:np.ndarray, # (N,) their classes, 0..K-1
+    n_classes:int, # K
+    seed:int=0, # of the folds
+) -> nn.Linear: # (M, D) features -> (M, K) logits; a class without labelled patches has a posterior of 0
+    "A logistic regression on standardised features, as one linear layer."
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold
+    from sklearn.preprocessing import StandardScaler
+    scaler, folds = StandardScaler().fit(features), int(min(5, np.unique(labels, return_counts=True)[1].min()))
+    model = LogisticRegression(max_iter=500)
+    if folds > 1:
+        cv = StratifiedKFold(folds, shuffle=True, random_state=seed)
+        model = GridSearchCV(model, dict(C=np.logspace(-4, 1, 6)), scoring="neg_log_loss", cv=cv)
+    fitted = getattr(model.fit(scaler.transform(features), labels), "best_estimator_", model)
+    return _as_layer(fitted, scaler, n_classes)
+
+def _as_layer(model, scaler, n_classes):
+    "A linear layer with the posteriors of a logistic regression on scaled features."
+    weight, bias = model.coef_/scaler.scale_, model.intercept_ - model.coef_ @ (scaler.mean_/scaler.scale_)
+    if len(weight) == 1: weight, bias = np.vstack([0*weight, weight]), np.append(0*bias, bias)  # of two classes
+    layer = nn.Linear(weight.shape[1], n_classes).requires_grad_(False)
+    layer.weight.zero_()
+    layer.bias.fill_(-1e4)
+    layer.weight[model.classes_], layer.bias[model.classes_] = (torch.from_numpy(v).float() for v in (weight, bias))
+    return layer
+
+# %% ../../nbs/library/models/11_baselines.ipynb #f30283a4
+@torch.no_grad()
 def linear_probe(
     train:np.ndarray, # (N, D) features of labelled patches
     labels:np.ndarray, # (N,) their classes, 0..K-1
@@ -181,17 +211,5 @@ def linear_probe(
     seed:int=0, # of the folds
 ) -> np.ndarray: # (M, K) float32 posteriors
     "Posteriors of a logistic regression."
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, StratifiedKFold
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
-    folds = int(min(5, np.unique(labels, return_counts=True)[1].min()))
-    if folds > 1:
-        grid = dict(logisticregression__C=np.logspace(-4, 1, 6))
-        cv = StratifiedKFold(folds, shuffle=True, random_state=seed)
-        model = GridSearchCV(model, grid, scoring="neg_log_loss", cv=cv)
-    model.fit(train, labels)
-    posteriors = np.zeros((len(test), n_classes), np.float32)
-    posteriors[:, model.classes_] = model.predict_proba(test)
-    return posteriors
+    layer = fit_linear_probe(train, labels, n_classes, seed)
+    return layer(torch.as_tensor(test, dtype=torch.float32)).softmax(1).numpy()

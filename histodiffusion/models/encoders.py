@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGED', 'LITE0_SHA256', 'SQUEEZENET_SHA256', 'lite0_weights', 'squeezenet_file', 'squeezenet_weights',
-           'ImageEncoder', 'load_encoder', 'encoder_names', 'encode_images', 'feature_maps', 'texture_features']
+           'ImageEncoder', 'load_encoder', 'encoder_names', 'encode_images', 'feature_maps', 'TextureEncoder',
+           'texture_features']
 
 # %% ../../nbs/library/models/02_encoders.ipynb #9c682cd2
 import hashlib, os
@@ -161,14 +162,24 @@ def feature_maps(
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 # %% ../../nbs/library/models/02_encoders.ipynb #7d5896bb
+class TextureEncoder(nn.Module):
+    "Mean and deviation of each channel in four stages of the packaged encoder."
+    def __init__(self):
+        super().__init__()
+        self.maps = feature_maps(4)
+
+    def forward(self, x): # (N, C, H, W) in [-1, 1], grey or RGB -> (N, 384)
+        flat = [m.flatten(2) for m in self.maps(x)]
+        return torch.cat([f for m in flat for f in (m.mean(2), m.std(2, correction=0))], 1)
+
+# %% ../../nbs/library/models/02_encoders.ipynb #b33531c5
 @torch.no_grad()
 def texture_features(
     images:np.ndarray, # (N, H, W, C) uint8, grey or RGB, of any size
 ) -> np.ndarray: # (N, 384) float32
-    "Mean and deviation of each channel in four stages of the packaged encoder."
-    maps, found, n = feature_maps(4).to(get_device()), [], inference_batch_size()
+    "What `TextureEncoder` makes of patches."
+    net, found, n = TextureEncoder().to(get_device()), [], inference_batch_size()
     starts = range(0, len(images), n)
     for i in progress(starts, desc="texture", unit="batch") if len(images) > 2000 else starts:
-        flat = [m.flatten(2) for m in maps(images_to_tensor(images[i:i + n]).to(get_device()))]
-        found.append(torch.cat([f for m in flat for f in (m.mean(2), m.std(2, correction=0))], 1).cpu())
+        found.append(net(images_to_tensor(images[i:i + n]).to(get_device())).cpu())
     return torch.cat(found).numpy()
