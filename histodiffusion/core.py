@@ -49,7 +49,7 @@ def as_path(
 
 # %% ../nbs/library/00_core.ipynb #6301c493
 _DEFAULTS = dict(data_home="data", data_mirror="", results_path="results", figures_path="figures",
-                 max_megapixels="50", profile="smoke", tracker="none")
+                 max_megapixels="50", profile="quick", tracker="none")
 
 @functools.lru_cache
 def _read_ini(path, changed):

@@ -20,8 +20,8 @@ from histodiffusion.study.stages import STAGES
 class RunOptions:
     "The options that describe a run; all further options are settings of its profile."
 
-    profile: str = field(default_factory=lambda: load_settings().profile) # preset of scale: smoke, small, gpu or paper
-    dataset: str = "phantom:target" # labelled set: phantom:LABORATORY[:N[:SEED]], folder:PATH with class/image, npz:PATH, or a name
+    profile: str = field(default_factory=lambda: load_settings().profile) # preset of scale: quick, small, gpu, paper or smoke
+    dataset: str = "" # labelled set: folder:PATH with class/image, npz:PATH, phantom:LABORATORY[:N[:SEED]], or a name; default: the profile's
     labels: str = "" # table for folder:PATH (.csv with columns file and label, patient, slide or split); none: its manifest.csv
     pretrain_sets: tuple[str, ...] = () # unlabelled sets to pre-train on; none given: those that suit the target
     skip_corrupt: bool = False # name corrupt images and leave them out, instead of stopping
@@ -242,7 +242,7 @@ def parse(argv: list[str]):
     profile = next((a.partition("=")[2] for a in argv if a.startswith("--profile=")), profile)
     preset = profiles.get_profile(profile or load_settings().profile)  # refuses an unknown one
     pick = lambda section: section(**{f.name: getattr(preset, f.name) for f in fields(section)})  # noqa: E731
-    defaults = dict(zip(section_names(), map(pick, profiles.SECTIONS)), profile=preset.name)
+    defaults = dict(zip(section_names(), map(pick, profiles.SECTIONS)), profile=preset.name, dataset=preset.dataset)
     defaults["typed"] = tuple(word.partition("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--"))
 
     def subcommand(name, c, text):

@@ -46,7 +46,7 @@ def _path(path):
 
 def _share(stage, run):
     "Small networks gain little from a second core, so seeds and ablations run in parallel; on a GPU one job at a time."
-    if run.profile == "smoke": return 0
+    if run.profile in ("smoke", "quick"): return 0
     if stage in PRIOR_STAGES or shutil.which("nvidia-smi"): return 1
     return len(run.settings.seeds) if STAGES[stage].per_seed else len(RESULTS)
 
@@ -288,6 +288,10 @@ def _refuse_braces(jobs):
                                       "folders without { and } for results and figures.")
 
 # %% ../../nbs/library/app/02_reproduce.ipynb #5bba1da9
+_HINTS = dict(
+    smoke="the smoke profile shows that the chain runs; its numbers mean little: use --profile quick or small",
+    quick="the quick profile gives a first answer with few labels and few seeds; --profile small takes hours and has more")
+
 def show_results(run:Run) -> int: # exit code 0
     "Print Table 1, and where the results are."
     if missing := [s for s in RESULTS if not run.done(s)]:
@@ -301,8 +305,7 @@ def show_results(run:Run) -> int: # exit code 0
         print(f"{r['method']:<34} {ratio:>4.0%}  {accuracy:>8.1%}   {mean:>5} ({low} to {high})")
     print(f"\nreport   {_path(run.results/'report.md')}\ntables   {_path(run.results)}\nfigures  {_path(run.figures)}\n"
           f"patches  {command_of(run, 'export')} --out synthetic")
-    if run.profile == "smoke":
-        print("the smoke profile shows that the chain runs; its numbers mean little: use --profile small")
+    if run.profile in _HINTS: print(_HINTS[run.profile])
     return 0
 
 # %% ../../nbs/library/app/02_reproduce.ipynb #d637eda6

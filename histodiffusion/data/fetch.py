@@ -16,19 +16,20 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from ..core import HistoDiffusionError, load_settings, progress, write_json
-from .catalogue import DatasetInfo, REGISTRY, dataset_info
+from .catalogue import DatasetInfo, REGISTRY, dataset_info, sample_archive
 from .images import find_images, read_image
-from .patches import _here, _how_to_get, read_patchcamelyon
+from .patches import _here, _how_to_get, dataset_folder, read_patchcamelyon
 from .download import check_file, download_file, forget_download, format_bytes, recorded_checksum
 from .archives import UnfinishedError, unpack_archive
 
 # %% ../../nbs/library/data/11_fetch.ipynb #14649c13
 def dataset_state(
     name:str, # a name in the catalogue
-) -> str: # 'mirror', 'here', 'to fetch', 'by hand' or 'missing' (only a mirror has it)
+) -> str: # 'mirror', 'here', 'packaged', 'to fetch', 'by hand' or 'missing' (only a mirror has it)
     "Where a set is."
     info, folder = dataset_info(name), _here(name)
     if folder is not None: return "mirror" if folder.parent == load_settings().data_mirror else "here"
+    if info.archive: return "packaged"
     return "to fetch" if info.files else "by hand" if info.by_hand else "missing"
 
 # %% ../../nbs/library/data/11_fetch.ipynb #5dc6cd50
@@ -168,6 +169,7 @@ def fetch_dataset(
 ) -> Path: # the folder of the set
     "Fetch a set of the catalogue unless it is here: download, verify, unpack, check the counts."
     info, home, folder = dataset_info(name), load_settings().data_home, _here(name)
+    if info.archive: folder = dataset_folder(name)
     if folder is not None:
         which = "in the mirror" if dataset_state(name) == "mirror" else "here already"
         print(f"{name} is {which}, in {folder}; licence: {info.licence}")
@@ -211,11 +213,13 @@ def verify_dataset(
 ) -> pd.DataFrame: # columns what, expected, found, ok
     "Check a set that is here: its downloads if they are kept, its counts, and that every image can be read."
     info, home, folder = dataset_info(name), load_settings().data_home, _here(name)
+    if info.archive: folder = dataset_folder(name)
     if folder is None: raise HistoDiffusionError(f"The data set '{name}' is not here: {_how_to_get(info)}")
     rows = []
     def check(what, expected, call, *args):
         try: rows.append((what, expected, call(*args), True))
         except HistoDiffusionError as e: rows.append((what, expected, str(e), False))
+    if info.archive: check("packaged archive", info.archive, lambda: check_file(sample_archive(info), info.archive) and "right")
     for f in info.files if folder.parent == home else ():
         path, inner = home/"downloads"/name/f.name, folder/Path(f.name).stem
         if path.exists(): check(f"download {f.name}", f.checksum or "as recorded", _check_download, f, path)

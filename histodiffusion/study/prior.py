@@ -6,6 +6,7 @@
 __all__ = ['published_prior', 'prior_model', 'is_published', 'settings_of_prior']
 
 # %% ../../nbs/library/study/03_prior.ipynb #8e649242
+from importlib.resources import files
 from pathlib import Path
 
 from ..core import HistoDiffusionError, check_files, load_settings, read_json
@@ -13,13 +14,18 @@ from .profiles import Profile
 from .stages import PRIOR_STAGES
 
 # %% ../../nbs/library/study/03_prior.ipynb #a7367418
+def _homes():
+    "The folders of published priors: those that are installed with the library, the project's, and the user's."
+    here, package = load_settings(), Path(str(files("histodiffusion")))
+    places = package/"weights", package.parent/"results"/"weights", here.root/"results"/"weights"
+    return *places, here.results_path/"weights"
+
 def published_prior(
     name:str, # folder in results/weights
 ) -> tuple: # its folder, and the provenance of its diffusion model
     "Where a published prior is, and what it was made from."
-    here = load_settings()
-    known = {p.parent.parent.name: p.parent.parent for home in (here.root/"results", here.results_path)
-             for p in home.glob("weights/*/diffusion/provenance.json")}
+    known = {p.parent.parent.name: p.parent.parent for home in _homes()
+             for p in home.glob("*/diffusion/provenance.json")}
     if name not in known:
         raise HistoDiffusionError(f"Unknown prior '{name}': use {' or '.join(known) or 'a clone of the project'}, or "
                                   "leave it out to train one.")

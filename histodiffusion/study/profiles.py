@@ -187,11 +187,12 @@ class Profile(*reversed(SECTIONS)):
     "All settings of a run."
     name: str = "smoke" # the preset it comes from
     description: str = "" # one line
+    dataset: str = "phantom:target" # labelled set of a run that names none
     expected: dict = field(default_factory=dict, hash=False) # labelled set -> Expected; sets the preset was run on
 
     def settings(self):
         "Name -> value of every setting."
-        return {k: v for k, v in asdict(self).items() if k not in ("name", "description", "expected")}
+        return {k: v for k, v in asdict(self).items() if k not in ("name", "description", "dataset", "expected")}
 
     def __post_init__(self):
         for problem in _problems(self): raise ValueError(problem)
@@ -247,7 +248,7 @@ PROFILES: dict[str, Profile] = _read_presets()
 
 # %% ../../nbs/library/study/01_profiles.ipynb #b28011b5
 def get_profile(
-    name:str="smoke", # smoke, small, gpu or paper
+    name:str="smoke", # smoke, small, quick, gpu or paper
     **overrides, # settings to change, by name
 ) -> Profile:
     "A preset, with some settings changed."

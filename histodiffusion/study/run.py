@@ -28,7 +28,7 @@ from .stages import STAGES, code_hashes
 class Run:
     "One profile, one labelled set, one seed."
     profile: str = field(default_factory=lambda: load_settings().profile) # preset of scale; default: settings.ini
-    dataset: str = "phantom:target" # labelled set: phantom:LABORATORY, folder:PATH or a name in the catalogue
+    dataset: str = "" # labelled set: phantom:LABORATORY, folder:PATH or a name in the catalogue; default: the profile's
     pretrain_sets: tuple|None = None # unlabelled sets to pre-train on; None: the default for the target
     label_fraction: float|None = None # share of the training labels that is used, 0..1; None: the profile's
     seed: int = 0 # which patches are labelled, and all randomness after that, >= 0
@@ -38,7 +38,9 @@ class Run:
     skip_leaks: bool = False # leave pre-training images that repeat test or validation patches out of the pool
     facts: dict = field(default_factory=dict, init=False, compare=False, repr=False) # what was read or computed once
 
-    def __post_init__(self): _check_run(self)
+    def __post_init__(self):
+        if not self.dataset: object.__setattr__(self, "dataset", get_profile(self.profile).dataset)
+        _check_run(self)
 
     @cached_property
     def settings(self): return _settings_of(self)
