@@ -31,7 +31,7 @@ def results(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["reproduce", "--profile", "tiny"], "Unknown profile 'tiny': use one of smoke, small, gpu, paper."),
+    (["reproduce", "--profile", "tiny"], "Unknown profile 'tiny': use one of smoke, small, quick, gpu, paper."),
     (["adapt", "--dataset", "kather2016-grey64"], "set HISTODIFFUSION_DATA_MIRROR"),
     (["adapt", "--dataset", "camelyon"], "Unknown data set 'camelyon'"),
     (["adapt", "--dataset", "folder:/no/such/place"], "There is no folder /no/such/place"),
@@ -137,7 +137,7 @@ def test_classes_are_the_top_folders_in_a_plan_too(capsys, results):
             (folder / f"{i}.png").rename(folder / f"patient {i}" / f"{i}.png")
     assert main(["adapt", "--dataset", target, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "60 patches, 2 classes" in said and "unlabelled patches, cut from the images of phantom:aachen:450" in said
+    assert "60 patches, 2 classes" in said and "unlabelled patches, cut from the images of kather2016-sample, pcam-sample" in said
 
 
 def test_mistake_leaves_nothing_behind(results):

@@ -58,14 +58,15 @@ def test_settings_are_what_the_library_reads(ini, monkeypatch):
 def test_every_package_is_installed_and_every_notebook_of_a_stage_with_it(pyproject):
     setuptools = pyproject["tool"]["setuptools"]
     found = [".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "histodiffusion").rglob("__init__.py")]
-    assert sorted(setuptools["packages"]) == sorted([*found, "histodiffusion.experiments"])
-    assert setuptools["package-dir"] == {"histodiffusion.experiments": "nbs/experiments"}
+    assert sorted(setuptools["packages"]) == sorted([*found, "histodiffusion.experiments", "histodiffusion.weights"])
+    folders = {"histodiffusion.experiments": "nbs/experiments", "histodiffusion.weights": "results/weights"}
+    assert setuptools["package-dir"] == folders
 
 
 @pytest.mark.slow
 def test_a_wheel_runs_in_an_empty_folder(tmp_path):
     source, site, empty = (tmp_path / name for name in ("source", "site", "empty"))
-    for name in ("histodiffusion", "nbs/experiments"):
+    for name in ("histodiffusion", "nbs/experiments", "results/weights"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -83,6 +84,13 @@ def test_a_wheel_runs_in_an_empty_folder(tmp_path):
         said = subprocess.run([sys.executable, "-m", "histodiffusion.app.reproduce", config, job], **options)
         assert said.returncode == 0, said.stdout + said.stderr
     assert list((empty / "results").rglob("pool.npy")) and list((empty / "results").rglob("target_data.ipynb"))
+    code = ("from histodiffusion.study.run import Run; from histodiffusion.study.prior import prior_model; r = Run();"
+            "print(r.target, *r.sets, (prior_model(r.settings.prior)/'unet').is_dir())")  # fmt: skip
+    said = subprocess.run([sys.executable, "-c", code], **options)
+    assert said.stdout.split() == ["kather2016-sample", "pcam-sample", "breakhis-sample", "True"], said.stderr
+    said = subprocess.run([sys.executable, "-m", "histodiffusion", "data"], **options)  # unpacks the samples
+    assert said.returncode == 0 and "2000 patches" in said.stdout, said.stdout + said.stderr
+    assert {p.name for p in (empty / "data").iterdir()} >= {"kather2016-sample", "pcam-sample", "breakhis-sample"}
     code = ("from histodiffusion.app.reproduce import snakemake_command as c; import subprocess, sys;"
             "sys.exit(subprocess.run([*c('config.json', 1), '-n']).returncode)")  # fmt: skip
     (empty / "config.json").write_text(config)

@@ -156,7 +156,7 @@ def test_parameters_survive_json(project):
 
 
 def test_presets_are_valid():
-    assert [get_profile(name).name for name in PROFILES] == ["smoke", "small", "gpu", "paper"]
+    assert [get_profile(name).name for name in PROFILES] == ["smoke", "small", "quick", "gpu", "paper"]
     for name, p in PROFILES.items():
         for dataset, wanted in p.expected.items():
             run = Run(name, dataset, wanted.sets or None, overrides=wanted.overrides)

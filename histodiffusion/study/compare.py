@@ -91,12 +91,13 @@ def baselines(run:Run, folder:Path):
     "Train other generators on the labelled patches, and sample as many candidates as HistoDiffusion does."
     c, labelled, (before, after) = run.settings, read_labelled(run), generator_steps(run)
     labels = np.tile(np.arange(len(labelled.classes)), c.samples_per_class)
-    for name, draw in GENERATORS.items():
+    for name in c.generators:
         if (path := folder/f"{name}.safetensors").exists(): continue  # made by an earlier attempt
-        images, seconds = draw(run, labelled, labels, folder)
+        images, seconds = GENERATORS[name](run, labelled, labels, folder)
         save_tensors(path, dict(images=images, labels=labels), dict(seconds=round(seconds, 1)))
-    seen = GAN_BATCH*(before + after) + c.diffusion_batch*(before + 2*after)
-    return dict(steps=2*before + 3*after, images=seen + len(GENERATORS)*len(labels))
+    steps = {n: after if n == "classifier_free_guidance" else before + after for n in c.generators}
+    seen = sum(k*(GAN_BATCH if n == "gan" else c.diffusion_batch) for n, k in steps.items())
+    return dict(steps=sum(steps.values()), images=seen + len(steps)*len(labels))
 
 # %% ../../nbs/library/study/07_compare.ipynb #4df2bad1
 def read_baseline(
@@ -204,7 +205,7 @@ def _other_patches(run):
     ratio, selector, labelled = run.settings.ratio, Selector(run), read_labelled(run)
     counts = synthetic_counts(labelled, ratio)
     found = {(f"{n}_{kind}", ratio): pick(selector, *read_baseline(run, n), counts, kind)
-             for n in GENERATORS for kind in ("random", "selected")}
+             for n in run.settings.generators for kind in ("random", "selected")}
     found["retrieval", ratio] = retrieval(run, ratio)
     found |= {(n, r): upper_bounds(run, r, true) for (n, true), r in product(UPPER_BOUNDS.items(), (ratio, 3*ratio))}
     return {name: extra for name, extra in found.items() if extra[0] is not None}
@@ -271,7 +272,7 @@ def synthetic_sets(run:Run) -> dict: # method -> (M, H, W, C) uint8 patches and 
     labelled, selector = read_labelled(run), Selector(run)
     counts = synthetic_counts(labelled, run.settings.ratio)
     sets = dict(real=(labelled.images, labelled.labels))
-    sets |= {f"{n}_selected": pick(selector, *read_baseline(run, n), counts) for n in GENERATORS}
+    sets |= {f"{n}_selected": pick(selector, *read_baseline(run, n), counts) for n in run.settings.generators}
     sets |= {f"histodiffusion_{kind}": chosen_patches(run, kind) for kind in ("random", "selected")}
     return {n: s for n, s in sets.items() if s[0] is not None}
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST', 'Side', 'Count', 'CountOrZero', 'Positive', 'PositiveOrZero', 'Share', 'ShareAboveZero', 'Time', 'Symmetries',
-           'Scheduler', 'SECTIONS', 'PROFILES', 'DataSettings', 'AutoencoderSettings', 'PriorSettings',
+           'Scheduler', 'Generator', 'SECTIONS', 'PROFILES', 'DataSettings', 'AutoencoderSettings', 'PriorSettings',
            'AdaptationSettings', 'SamplingSettings', 'BackboneSettings', 'BaselineSettings', 'AblationSettings',
            'Expected', 'Profile', 'get_profile']
 
@@ -12,7 +12,7 @@ __all__ = ['MOST', 'Side', 'Count', 'CountOrZero', 'Positive', 'PositiveOrZero',
 import difflib, tomllib
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
@@ -32,6 +32,7 @@ ShareAboveZero = Annotated[float, Field(gt=0, le=1)]
 Time = Annotated[int, Field(ge=0, le=1000)]
 Symmetries = Literal[1, 2, 4, 8]
 Scheduler = Literal["ddim", "ddpm", "dpmpp", "unipc", "euler", "heun"]
+Generator = Literal["gan", "ldm_labels_only", "classifier_free_guidance"]
 
 # %% ../../nbs/library/study/01_profiles.ipynb #8eaaa72a
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ class BackboneSettings:
 @dataclass(frozen=True)
 class BaselineSettings:
     "Baselines, and the oracle that measures synthetic patches."
+    generators: tuple[Generator, ...] = get_args(Generator) # that are trained on the same labels, for comparison
     gan_lr: Positive = 4e-4 # learning rate of generator and discriminator, > 0
     conditional_lr: Positive = 5e-4 # peak learning rate of the class-conditional diffusion models, > 0
     class_embedding_lr: Positive = 30. # learning rate of their class embedding, relative to the other weights, > 0
