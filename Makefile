@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python tools/torchvision_hook.py install
 	@touch $@
 
-reproduce: setup  ## regenerate tables and figures; PROFILE=, DATASET=, CORES= and ARGS= are passed on
+reproduce: setup  ## tables and figures of the profile quick, on tissue that comes with the code; PROFILE=, DATASET=, CORES=, ARGS=
 	$(RUN) histodiffusion reproduce $(strip $(if $(PROFILE),--profile $(PROFILE)) \
 		$(if $(DATASET),--dataset $(DATASET)) $(if $(CORES),--cores $(CORES)) $(ARGS))
 

@@ -312,7 +312,7 @@ def _pretraining(run):
     sizes = [] if is_published(c, "diffusion") else sorted({*c.ablation_pools, c.pretrain_patches})
     pools = [("unlabelled patches", n, _one(run, pretrain_patches=n)) for n in sizes]
     fewer = lambda k: dict(pretrain_sets=sets[:k]) if k else dict(diffusion_steps=0)  # 0: a U-Net of random weights
-    counts = _from_published(run) if c.prior else {
+    counts = _from_published(run) if c.prior and c.ablation_sets else {
         k: _one(run, **fewer(k)) for k in sorted({min(k, len(sets)) for k in (*c.ablation_sets, len(sets))})}
     counts = [("pre-training sets", k, r) for k, r in counts.items()]
     return [v for axis in (pools, counts) if len(axis) > 1 for v in axis] or pools

@@ -9,7 +9,8 @@ __all__ = ['check_networks', 'check_run']
 import numpy as np
 
 from ..core import HistoDiffusionError
-from ..data.patches import check_target, dataset_classes, load_patches, packed_dataset, parse_phantom
+from ..data.patches import (
+    check_target, dataset_channels, dataset_classes, load_patches, packed_dataset, parse_phantom, short_name)
 from .profiles import PROFILES
 from .run import Run, check_names
 
@@ -32,6 +33,13 @@ def check_networks(run:Run):
         from histodiffusion.models.backbone import check_backbone  # slow, and not needed for the networks of a preset
         check_backbone(name)
 
+# %% ../../nbs/library/study/11_checks.ipynb #aafd84f6
+def _colour_warnings(run):
+    "A sentence if the prior of a run makes its colour patches grey."
+    lost = run.settings.prior and run.channels < dataset_channels(run.target)
+    return [f"the prior '{run.settings.prior}' is in grey, so the patches of {short_name(run.target)} lose their colour; "
+            "--profile small trains one in colour"]*bool(lost)
+
 # %% ../../nbs/library/study/11_checks.ipynb #f8888ab5
 def check_run(run:Run) -> list: # warnings, a sentence each
     "Refuse what would fail after hours, and name what makes the answer weak."
@@ -45,13 +53,13 @@ def check_run(run:Run) -> list: # warnings, a sentence each
                                   "arrange the images as class/image, or give a table with --labels.")
     few = len(c.seeds) < 5 and run.profile != "smoke"
     seeds = [f"{len(c.seeds)} seed{'s'*(len(c.seeds) > 1)}: a headline needs 5"]*few
-    if (labelled := _labelled_set(run)) is None: return seeds
+    if (labelled := _labelled_set(run)) is None: return _colour_warnings(run) + seeds
     from histodiffusion.data.leakage import target_splits  # slow
     labels, keys, patients, given = labelled
     groups, splits = target_splits(run.target, keys, labels, patients, c.image_size, given)
     owners = groups if given and any(given) else patients  # only a given split can divide copies
     warnings = check_target(labels, keys, classes, splits, c.label_fraction, c.seeds, owners)
-    return warnings + _ablation_warnings(c, np.bincount(labels[splits["train"]]).min()) + seeds
+    return _colour_warnings(run) + warnings + _ablation_warnings(c, np.bincount(labels[splits["train"]]).min()) + seeds
 
 def _ablation_warnings(c, fewest):
     "Label fractions of the ablations that leave the smallest class of the training split empty."
