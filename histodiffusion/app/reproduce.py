@@ -290,7 +290,7 @@ def _refuse_braces(jobs):
 # %% ../../nbs/library/app/02_reproduce.ipynb #5bba1da9
 _HINTS = dict(
     smoke="the smoke profile shows that the chain runs; its numbers mean little: use --profile quick or small",
-    quick="the quick profile gives a first answer with few labels and few seeds; --profile small takes hours and has more")
+    quick="the quick profile gives a first answer, from few labels and seeds; --profile small takes hours and has more")
 
 def show_results(run:Run) -> int: # exit code 0
     "Print Table 1, and where the results are."

@@ -219,11 +219,11 @@ def verify_dataset(
     def check(what, expected, call, *args):
         try: rows.append((what, expected, call(*args), True))
         except HistoDiffusionError as e: rows.append((what, expected, str(e), False))
-    if info.archive: check("packaged archive", info.archive, lambda: check_file(sample_archive(info), info.archive) and "right")
+    right = lambda path, checksum: check_file(path, checksum) and "right"
+    if info.archive: check("packaged archive", info.archive, right, sample_archive(info), info.archive)
     for f in info.files if folder.parent == home else ():
         path, inner = home/"downloads"/name/f.name, folder/Path(f.name).stem
         if path.exists(): check(f"download {f.name}", f.checksum or "as recorded", _check_download, f, path)
-        right = lambda path, checksum: check_file(path, checksum) and "right"
         if f.unpacked: check(f"file {inner.name}", f.unpacked, right, inner, f.unpacked)
     check("images of each class", dict(zip(info.classes, info.counts)) or "any", check_counts, folder, info)
     if images: check("images that can be read", "all", _check_readable, folder, info)

@@ -37,8 +37,8 @@ def check_networks(run:Run):
 def _colour_warnings(run):
     "A sentence if the prior of a run makes its colour patches grey."
     lost = run.settings.prior and run.channels < dataset_channels(run.target)
-    return [f"the prior '{run.settings.prior}' is in grey, so the patches of {short_name(run.target)} lose their colour; "
-            "--profile small trains one in colour"]*bool(lost)
+    return [f"the prior '{run.settings.prior}' is in grey, so the patches of {short_name(run.target)} lose their "
+            "colour; --profile small trains one in colour"]*bool(lost)
 
 # %% ../../nbs/library/study/11_checks.ipynb #f8888ab5
 def check_run(run:Run) -> list: # warnings, a sentence each

@@ -165,7 +165,7 @@ class AblationSettings:
     ablation_seeds: Count = 1 # number of seeds for ablations of the whole run, > 0
     ablation_labels: tuple[ShareAboveZero, ...] = (.05,) # further label fractions
     ablation_pools: tuple[Count, ...] = (1800,) # sizes of the pre-training pool
-    ablation_sets: tuple[CountOrZero, ...] = (1,) # numbers of pre-training sets, 0: none; with a prior, any: 0 and its own
+    ablation_sets: tuple[CountOrZero, ...] = (1,) # numbers of pre-training sets, 0: none; with a prior 0 and its own
     ablation_thresholds: tuple[ShareAboveZero, ...] = (.9,) # further selection thresholds
     ablation_ratios: tuple[Positive, ...] = (1.5,) # further ratios of synthetic to real patches
     ablation_backbones: tuple[str, ...] = ("test_vit",) # further backbones, besides the packaged encoder
