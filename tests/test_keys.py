@@ -67,12 +67,12 @@ SELECTING = ["select", "compare", "quality", "sampling_grid"]
     ("measure/selection", "return squared.argmin(1)", "return squared.argmax(1)", SELECTING),
     ("measure/selection", "return keep, -confidence", "return keep, confidence", SELECTING),
     ("study/steps", "np.isin(np.arange(len(targets)), passed)", "np.isin(np.arange(len(targets)), [])", SELECTING),
-    ("models/baselines", "GAN_BATCH =", "GAN_BATCH = 1 +", ["baselines", "compare", "quality"]),
+    ("models/baselines", "GAN_BATCH =", "GAN_BATCH = 1 +", ["baselines"]),
     ("models/backbone", "LABEL_SMOOTHING =", "LABEL_SMOOTHING = 0.01 +",
      ["teacher", "real_only", "augment", "compare", "oracle", "quality"]),
     # deep below: the loss of the networks of the prior, the pool, the splits
-    ("models/diffusion", "def loss_weights(", "def loss_weights(*,", ["diffusion", "adapt", "baselines", "compare",
-     "quality", "adaptation_grid"]),
+    ("models/diffusion", "def loss_weights(", "def loss_weights(*,", ["diffusion", "adapt", "baselines",
+     "adaptation_grid"]),
     ("data/pool", "a = np.rot90(a, rng.integers(4))", "a = np.rot90(a, rng.integers(3))", ["pretraining_data"]),
     ("data/patches", "train=(0., .6)", "train=(0., .5)", ["pretraining_data", "target_data"]),
 ])  # fmt: skip

@@ -78,6 +78,7 @@ def test_every_setting_changes_the_stages_that_list_it_and_no_earlier_one(projec
     special = {
         "autoencoder_crop": 16,
         "teacher": ("resnet18",),
+        "generators": ("gan",),
         "teacher_symmetries": 8,
         "teacher_folds": 3,
         "v_limit": 30.0,
@@ -328,7 +329,7 @@ def test_expected_time_is_what_was_measured(project):
 
 
 def test_planning_does_not_import_torch(project):
-    code = ("import sys; import histodiffusion.app.cli as c; c.main(['reproduce', '--dry-run']);"
+    code = ("import sys; import histodiffusion.app.cli as c; c.main(['reproduce', '--profile', 'smoke', '--dry-run']);"
             "print([m for m in ('torch', 'diffusers', 'timm') if m in sys.modules])")  # fmt: skip
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert said.stdout.splitlines()[-1] == "[]", said.stderr
@@ -362,7 +363,7 @@ def test_second_reproduce_does_nothing_and_is_quick(project):
     complete(Run("smoke"))
     before = {p: p.stat().st_mtime_ns for p in project.rglob("*")}
     start = time.time()
-    said = call("histodiffusion.app.cli", "reproduce")
+    said = call("histodiffusion.app.cli", "reproduce", "--profile", "smoke")
     assert said.returncode == 0, said.stderr
     assert said.stdout.startswith("Nothing to do: all ")
     assert time.time() - start < 10
@@ -387,7 +388,7 @@ def test_braces_in_a_path_are_one_sentence_and_in_the_project_they_do_no_harm(pr
     said = call("snakemake", *words)
     assert said.returncode == 0, said.stderr
     monkeypatch.setenv("HISTODIFFUSION_RESULTS_PATH", str(project / "x{y}"))
-    said = call("histodiffusion.app.cli", "reproduce")
+    said = call("histodiffusion.app.cli", "reproduce", "--profile", "smoke")
     assert said.returncode == 2 and "choose folders without { and } for results" in said.stderr.splitlines()[-1]
 
 
