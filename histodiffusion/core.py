@@ -325,7 +325,7 @@ def write_csv(
 TEXT_COLUMNS = (
     "class", "label", "method", "adaptation", "axis", "stage", "what", "device", "file", "file_name", "reference",
     "scheduler", "interval", "classifier", "target", "pretrain", "pretrain_file", "target_file", "split", "kind",
-    "model_sha256")
+    "model_sha256", "group", "labelled_by")
 
 def read_table(
     path, # CSV file

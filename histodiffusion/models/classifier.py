@@ -84,9 +84,10 @@ class Classifier:
         stain:str="none", # stain normalisation of its patches, see the setting `stain`
         temperature:float=1., # posteriors are taken to the power of 1/temperature, > 0
         about:dict|None=None, # further facts for the card, as JSON can hold them
+        field=(None, None), # side of the images it was trained on, px, before resizing, and their μm/px; None: unknown
     ):
         self.net, self.classes, self.size, self.channels = net.eval(), tuple(classes), size, channels
-        self.stain, self.temperature, self.about = stain, temperature, about or {}
+        self.stain, self.temperature, self.about, self.field = stain, temperature, about or {}, tuple(field)
 
 # %% ../../nbs/library/models/14_classifier.ipynb #b18bec13
 @patch
@@ -141,7 +142,7 @@ def save(self:Classifier,
     "Write a classifier as a folder; it appears when it is complete."
     if (folder := as_path(folder)).exists(): raise HistoDiffusionError(f"{folder} exists: name a new folder.")
     network = describe_network(self.net)
-    own = {k: getattr(self, k) for k in ("size", "channels", "stain", "temperature", "about")}
+    own = {k: getattr(self, k) for k in ("size", "channels", "stain", "temperature", "about", "field")}
     with atomic_path(folder) as new:
         new.mkdir()
         save_tensors(new/"model.safetensors", self.net.state_dict())
@@ -164,7 +165,7 @@ tags: [image-classification, histology]
 # Classifier of {classes} classes: {names}
 
 It takes {colour} patches of {size} px (others are cut to their centre square and resized){stain}, and gives a
-posterior for each class, calibrated on validation patches (temperature {temperature:.3g}).
+posterior for each class, calibrated on validation patches (temperature {temperature:.3g}). {field}
 
 ```python
 from histodiffusion.models.classifier import Classifier
@@ -189,7 +190,10 @@ def classifier_card(
 ) -> str: # Markdown
     "The README of a classifier."
     c = classifier
-    text = _CARD.format(classes=len(c.classes), names=", ".join(map(markdown_text, c.classes)), size=c.size,
+    side, mpp = c.field
+    field = "The resolution of its training images is not known." if mpp is None else (
+        f"It was trained on images of {side} px at {mpp:g} μm/px: give it patches that show as much tissue.")
+    text = _CARD.format(field=field, classes=len(c.classes), names=", ".join(map(markdown_text, c.classes)), size=c.size,
                         colour="grey" if c.channels == 1 else "colour", temperature=c.temperature,
                         stain="" if c.stain == "none" else f", at a reference stain ({c.stain})")
     for title, facts in c.about.items(): text += f"\n## {title}\n\n| what | value |\n|---|---|\n{_rows(facts)}"
@@ -213,7 +217,7 @@ def load(cls:Classifier,
         check_files(folder, own["files"], f"get the folder {folder} anew")
         net = build_network(own["network"])
         net.load_state_dict(load_tensors(folder/"model.safetensors"))
-        known = {k: own[k] for k in ("classes", "size", "channels", "stain", "temperature", "about")}
+        known = {k: own[k] for k in ("classes", "size", "channels", "stain", "temperature", "about", "field")}
         return cls(net.to(get_device()), **known)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         raise HistoDiffusionError(f"{folder}/config.json does not describe the weights beside it "

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ADAPTATIONS', 'REAL', 'pretraining_data', 'target_data', 'read_pool', 'read_split', 'patient_groups', 'read_labelled',
-           'read_unlabelled', 'autoencoder', 'load_autoencoder', 'diffusion', 'fit_classifier', 'labelled_latents',
-           'unlabelled_latents', 'fine_tune', 'adapt', 'class_conditions', 'draw_candidates', 'start_latents',
-           'synthesize', 'Candidates', 'read_synthetic', 'backbone_config', 'teacher_configs', 'training_work',
-           'teacher', 'load_teacher', 'longer', 'augmentation_grid', 'real_only', 'load_backbone', 'Selector',
-           'ratios_of', 'synthetic_counts', 'select', 'copy_test', 'chosen_patches', 'train_with_patches', 'Method',
-           'with_patches', 'network_folder', 'made_from', 'measure_methods', 'augment']
+           'read_unlabelled', 'split_table', 'autoencoder', 'load_autoencoder', 'diffusion', 'fit_classifier',
+           'labelled_latents', 'unlabelled_latents', 'fine_tune', 'adapt', 'class_conditions', 'draw_candidates',
+           'start_latents', 'synthesize', 'Candidates', 'read_synthetic', 'backbone_config', 'teacher_configs',
+           'training_work', 'teacher', 'load_teacher', 'longer', 'augmentation_grid', 'real_only', 'load_backbone',
+           'Selector', 'ratios_of', 'synthetic_counts', 'select', 'copy_test', 'chosen_patches', 'train_with_patches',
+           'Method', 'with_patches', 'network_folder', 'made_from', 'measure_methods', 'augment']
 
 # %% ../../nbs/library/study/06_steps.ipynb #0411310f
 import functools, shutil
@@ -27,8 +27,9 @@ from ..core import (
     HistoDiffusionError, card_html, derive_seed, get_device, load_array, load_tensors, read_json, read_table,
     save_tensors, write_json, write_table)
 from ..data.leakage import held_back, leakage, target_splits
-from ..data.patches import (
-    PatchSet, check_target, dataset_classes, labelled_fraction, load_patches, short_name, unreadable_images)
+from histodiffusion.data.patches import (
+    PatchSet, check_target, dataset_classes, labelled_fraction, load_patches, patch_scale, short_name,
+    unreadable_images)
 from ..data.pool import unlabelled_pool
 from ..data.stain import normalise_stain
 from ..data.symmetries import d4_images
@@ -101,7 +102,8 @@ def target_data(run:Run, folder:Path):
     splits = {k: v.tolist() for k, v in splits.items()}
     write_json(folder/"manifest.json", dict(name=patches.name, classes=patches.classes, counts=patches.counts(),
                                             labels=patches.labels.tolist(), keys=patches.keys, groups=groups,
-                                            splits=splits, patients=len({*(patches.groups or [])} - {""})))
+                                            files=patches.files, patients=len({*(patches.groups or [])} - {""}),
+                                            scale=patch_scale(run.target, run.skip_corrupt), splits=splits))
     return dict(images=len(patches), left_out=unreadable_images(run.target) if run.skip_corrupt else 0)
 
 
@@ -149,6 +151,17 @@ def read_unlabelled(run:Run) -> PatchSet: # may be empty
     "The other training patches, whose labels no method of this run uses."
     train = read_split(run, "train")
     return train.subset(np.setdiff1d(np.arange(len(train)), _labelled(run, train, run.settings.label_fraction)))
+
+# %% ../../nbs/library/study/06_steps.ipynb #0edb03b8
+def split_table(run:Run) -> pd.DataFrame: # columns file, label, split, group and labelled_by, a row for each patch
+    "Which images of the target are in which split, and the seeds that use their labels."
+    m, train, used = read_json(run.read("target_data")/"manifest.json"), read_split(run, "train"), {}
+    for seed in run.settings.seeds:
+        for i in _labelled(run.with_seed(seed), train, run.settings.label_fraction):
+            used.setdefault(m["splits"]["train"][i], []).append(str(seed))
+    files, groups = m["files"] or m["keys"], m["groups"] or [""]*len(m["keys"])
+    return pd.DataFrame([dict(file=files[i], label=m["classes"][m["labels"][i]], split=name, group=groups[i],
+                              labelled_by=" ".join(used.get(i, ()))) for name, s in m["splits"].items() for i in s])
 
 # %% ../../nbs/library/study/06_steps.ipynb #d5847beb
 @stage("autoencoder")
@@ -692,7 +705,8 @@ def _keep(run, net, posteriors, labels, row, folder):
     measured = {"method": f"{row['method']}, {row['added']} patches added", "validation accuracy":
                 f"{row['validation_accuracy']:.3f}"} | {f"test {k.replace('_', ' ')}": f"{row[k]:.3f}" for k in known}
     about = {"Measured": measured, "Made from": made_from(run)}
-    net = Classifier(net, read_labelled(run).classes, c.image_size, run.channels, c.stain, about=about)
+    scale = read_json(run.read("target_data")/"manifest.json")["scale"]
+    net = Classifier(net, read_labelled(run).classes, c.image_size, run.channels, c.stain, about=about, field=scale)
     net.calibrate(posteriors, labels).save(folder)
 
 # %% ../../nbs/library/study/06_steps.ipynb #18cefce3
