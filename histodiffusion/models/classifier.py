@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'Probe', 'describe_network', 'build_network', 'Classifier', 'classifier_card']
 
 # %% ../../nbs/library/models/14_classifier.ipynb #17a3185e
-import json
+import hashlib, json
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,8 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import (
-    HistoDiffusionError, as_path, atomic_path, card_html, check_files, file_facts, get_device, load_tensors,
-    markdown_text, read_json, save_tensors, write_json, write_text)
+    HistoDiffusionError, as_path, atomic_path, card_html, check_files, file_facts, get_device, hash_object,
+    load_tensors, markdown_text, read_json, save_tensors, write_json, write_text)
 from ..data.patches import square_patch
 from .backbone import build_backbone, predict
 from .encoders import ImageEncoder, TextureEncoder
@@ -123,6 +123,14 @@ def calibrate(self:Classifier,
     self.temperature = fit_temperature(np.log(np.asarray(posteriors, np.float64) + 1e-8), labels)
     return self
 
+# %% ../../nbs/library/models/14_classifier.ipynb #ffb05321
+@patch
+def digest(self:Classifier) -> str: # 16 hexadecimal digits
+    "What identifies a classifier: weights, classes, and how patches are prepared."
+    weights = {k: hashlib.sha256(v.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+               for k, v in self.net.state_dict().items()}
+    return hash_object([weights, self.classes, self.size, self.channels, self.stain, self.temperature])[:16]
+
 # %% ../../nbs/library/models/14_classifier.ipynb #72d287ef
 FORMAT = 1  # raised when the meaning of the files changes
 
@@ -193,7 +201,8 @@ def classifier_card(
     side, mpp = c.field
     field = "The resolution of its training images is not known." if mpp is None else (
         f"It was trained on images of {side} px at {mpp:g} μm/px: give it patches that show as much tissue.")
-    text = _CARD.format(field=field, classes=len(c.classes), names=", ".join(map(markdown_text, c.classes)), size=c.size,
+    text = _CARD.format(field=field, classes=len(c.classes),
+                        names=", ".join(map(markdown_text, c.classes)), size=c.size,
                         colour="grey" if c.channels == 1 else "colour", temperature=c.temperature,
                         stain="" if c.stain == "none" else f", at a reference stain ({c.stain})")
     for title, facts in c.about.items(): text += f"\n## {title}\n\n| what | value |\n|---|---|\n{_rows(facts)}"
