@@ -6,8 +6,8 @@
 __all__ = ['TEXT_COLUMNS', 'HistoDiffusionError', 'Settings', 'as_path', 'load_settings', 'hash_object', 'hash_file',
            'file_facts', 'check_files', 'derive_seed', 'keep_freed_memory', 'get_device', 'inference_batch_size',
            'machine', 'peak_memory', 'atomic_path', 'write_text', 'write_json', 'read_json', 'save_tensors',
-           'load_tensors', 'load_array', 'progress', 'picture_html', 'card_html', 'markdown_text', 'write_csv',
-           'read_table', 'write_table', 'best_precision']
+           'load_tensors', 'load_array', 'progress', 'picture_html', 'card_html', 'markdown_text', 'csv_text',
+           'write_csv', 'read_table', 'write_table', 'best_precision']
 
 # %% ../nbs/library/00_core.ipynb #73e76151
 import base64, configparser, contextlib, ctypes, functools, hashlib, html, importlib.metadata, io, json, os, platform
@@ -313,19 +313,26 @@ _FORMULA = re.compile(r"'*[=+\-@\t\r]")  # what a spreadsheet would run, also af
 def _csv_text(v): return f"'{v}" if isinstance(v, str) and _FORMULA.match(v) else v
 def _from_csv(v): return v[1:] if isinstance(v, str) and v[:1] == "'" and _FORMULA.match(v) else v
 
+def csv_text(
+    frame, # DataFrame
+    header:bool=True, # with the names of the columns; without, to add rows to a file
+) -> str:
+    "A table as CSV; no text in it is a formula."
+    return frame.map(_csv_text).to_csv(index=False, header=header, lineterminator="\n")
+
+# %% ../nbs/library/00_core.ipynb #0f414fe9
 def write_csv(
     frame, # DataFrame
     path, # where
 ) -> Path:
-    "Write a table as CSV, completely or not at all; no text in it is a formula."
-    with atomic_path(path) as p: frame.map(_csv_text).to_csv(p, index=False, lineterminator="\n")
-    return Path(path)
+    "Write a table as CSV, completely or not at all."
+    return write_text(path, csv_text(frame))
 
 # %% ../nbs/library/00_core.ipynb #78f82566
 TEXT_COLUMNS = (
     "class", "label", "method", "adaptation", "axis", "stage", "what", "device", "file", "file_name", "reference",
     "scheduler", "interval", "classifier", "target", "pretrain", "pretrain_file", "target_file", "split", "kind",
-    "model_sha256")
+    "model_sha256", "group", "labelled_by")
 
 def read_table(
     path, # CSV file

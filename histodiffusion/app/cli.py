@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal, Union
 
@@ -141,6 +142,44 @@ class Export(RunOptions):
 
 
 @dataclass(frozen=True)
+class Predict(RunOptions):
+    "Name the class of every patch of a folder or slide, with the classifier that a run recommends, or another one."
+
+    source: Positional[str] = "" # folder of patches, image, slide, folder of slides, or npz:PATH
+    out: str = "predictions.csv" # a new file; a call that was stopped goes on
+    model: str = "" # folder of a classifier; none: the one that the run of the further options recommends
+    method: str = "" # of that run, such as 'teacher' or 'histodiffusion_selected@1'; none: the recommended one
+    heat_map: bool = False # draw the class of each tile over its slide too
+    as_slides: bool = False # cut ordinary images into tiles too
+    mpp: float | None = None # resolution of the tiles, μm/px; none: that of the training patches, where it is known
+    tile_size: int | None = None # side of the tiles, px; none: that of the training patches
+    mpp_of_file: float | None = None # μm/px of slides that do not state it, 0.05 to 20
+    tissue: float = 0.5 # least share of tissue in a tile, 0 to 1
+
+    def __call__(self):
+        from histodiffusion.app.predict import draw_class_maps, predict_to_csv
+        from histodiffusion.core import read_table
+        from histodiffusion.models.classifier import Classifier
+        from histodiffusion.study.recommend import load_classifier
+
+        if not self.source:
+            raise HistoDiffusionError("Give what to name: histodiffusion predict FOLDER --model PATH.")
+        classifier = Classifier.load(self.model) if self.model else load_classifier(self.make(), self.method)
+        given = dict(mpp=self.mpp, size=self.tile_size, mpp_of_file=self.mpp_of_file)
+        tiling = {k: v for k, v in given.items() if v is not None} | dict(tissue=self.tissue)
+        start = time.time()
+        out = predict_to_csv(classifier, self.source, self.out, self.skip_corrupt, self.as_slides, **tiling)
+        table, seconds = read_table(out), time.time() - start
+        print(f"{len(table)} patches in {seconds:.0f} s ({len(table) / seconds:.0f} a second): {out}")
+        for label, n in table.label.value_counts().items():
+            print(f"  {label or 'not readable'}: {n}")
+        if self.heat_map:
+            maps = draw_class_maps(classifier, self.source, table, out, self.as_slides, self.mpp_of_file)
+            print("\n".join(map(str, maps)) or "no map: there is no slide")
+        return 0
+
+
+@dataclass(frozen=True)
 class Tile:
     "Cut whole slides or large images into patches at one resolution, where there is tissue."
 
@@ -189,7 +228,7 @@ class Settings:
 COMMANDS = {  # name -> its class and description
     "reproduce": (Reproduce, Reproduce.__doc__), "data": (Data, Data.__doc__),
     **{name: (StageCommand, text) for name, text in STAGE_COMMANDS.items()},
-    "export": (Export, Export.__doc__), "tile": (Tile, Tile.__doc__), "settings": (Settings, Settings.__doc__),
+    "export": (Export, Export.__doc__), "predict": (Predict, Predict.__doc__), "tile": (Tile, Tile.__doc__), "settings": (Settings, Settings.__doc__),
 }  # fmt: skip
 
 

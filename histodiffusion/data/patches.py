@@ -6,7 +6,7 @@
 __all__ = ['READING', 'SPLITS', 'FEW', 'parse_phantom', 'folder_and_table', 'short_name', 'unpack_sample', 'dataset_folder',
            'list_images', 'dataset_layout', 'in_arrays', 'dataset_channels', 'dataset_classes', 'read_patchcamelyon',
            'dataset_fingerprint', 'dataset_kinds', 'packed_dataset', 'PatchSet', 'square_patch', 'to_grey',
-           'load_patches', 'unreadable_images', 'split_patches', 'labelled_fraction', 'check_target']
+           'load_patches', 'unreadable_images', 'patch_scale', 'split_patches', 'labelled_fraction', 'check_target']
 
 # %% ../../nbs/library/data/09_patches.ipynb #0140ea4d
 import contextlib, functools, os, stat
@@ -308,6 +308,7 @@ class PatchSet:
     name: str # the set's name
     groups: list|None = None # (N,) patient or slide of each patch, '' unknown; None: all unknown
     splits: list|None = None # (N,) 'train', 'validation' or 'test' where it is given, ''; None: nowhere
+    files: list|None = None # (N,) name of each image within its set; None: it has none
 
     def __len__(self): return len(self.images)
     def __repr__(self): return f"{short_name(self.name)}: {len(self)} patches"
@@ -315,8 +316,9 @@ class PatchSet:
     def subset(self, indices):
         "The patches at `indices`, in that order."
         i = np.asarray(indices, dtype=np.int64)
-        keys, groups, splits = (x and [x[j] for j in i] for x in (self.keys, self.groups, self.splits))
-        return PatchSet(self.images[i], self.labels[i], self.classes, keys, self.name, groups, splits)
+        lists = (x and [x[j] for j in i] for x in (self.keys, self.groups, self.splits, self.files))
+        keys, *others = lists
+        return PatchSet(self.images[i], self.labels[i], self.classes, keys, self.name, *others)
 
     def counts(self): return {c: int((self.labels == k).sum()) for k, c in enumerate(self.classes)}
 
@@ -371,9 +373,10 @@ def load_patches(
     packed = packed_dataset(spec, skip_corrupt)
     labelled = np.flatnonzero(packed.labels >= 0)  # images outside the class folders have no label
     images = np.stack([square_patch(packed[i], size, channels) for i in labelled])
-    keys, groups, splits = ([x[i] for i in labelled] for x in (packed.keys, packed.groups, packed.splits))
+    lists = packed.keys, packed.groups, packed.splits, packed.names
+    keys, groups, splits, files = ([x[i] for i in labelled] for x in lists)
     return PatchSet(images, packed.labels[labelled], classes, keys, spec, groups if any(groups) else None,
-                    splits if any(splits) else None)
+                    splits if any(splits) else None, files)
 
 # %% ../../nbs/library/data/09_patches.ipynb #8cc03e91
 def unreadable_images(
@@ -381,6 +384,18 @@ def unreadable_images(
 ) -> int: # of its files
     "How many images of a set `skip_corrupt` leaves out."
     return 0 if spec.startswith("phantom:") else len(packed_dataset(spec, skip_corrupt=True).corrupt)
+
+# %% ../../nbs/library/data/09_patches.ipynb #aa6aa00f
+def patch_scale(
+    spec:str, # name of a set
+    skip_corrupt:bool=False, # corrupt images are left out, instead of stopping
+) -> tuple: # side of its images, px (median of the shorter sides), and their μm/px; None where it is not known
+    "How much tissue an image of a set shows."
+    if spec.startswith("phantom:"): return None, None
+    side = int(np.median(packed_dataset(spec, skip_corrupt).shapes[:, :2].min(1)))
+    mark = dataset_folder(spec)/"tiling.json"  # what the tiler was told
+    mpp = REGISTRY[spec].pixel if spec in REGISTRY else read_json(mark).get("mpp") if mark.is_file() else None
+    return side, mpp
 
 # %% ../../nbs/library/data/09_patches.ipynb #03686944
 SPLITS = dict(train=(0., .6), validation=(.6, .7), test=(.7, 1.))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Slide', 'TCGA_PATIENT', 'SLIDE_SUFFIXES', 'otsu_threshold', 'tissue_mask', 'open_slide', 'read_patch',
-           'slide_overview', 'tile_grid', 'Tiling', 'choose_tiles', 'list_slides', 'slide_names', 'tile_slides']
+           'slide_overview', 'tile_grid', 'Tiling', 'choose_tiles', 'is_slide', 'list_slides', 'slide_names',
+           'check_tiling', 'tile_slides']
 
 # %% ../../nbs/library/data/16_slides.ipynb #435842e8
 import contextlib, glob, math, re, shutil
@@ -221,7 +222,9 @@ def choose_tiles(slide:Slide, tiling:Tiling) -> tuple: # (N, 2) corners in level
 # %% ../../nbs/library/data/16_slides.ipynb #52cdacb0
 SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".tif", ".tiff")
 
-def _is_slide(path):
+def is_slide(
+    path, # Path
+) -> bool:
     "Whether OpenSlide knows the format of a file; a pipe or a broken link with the suffix of a slide counts."
     if path.suffix.lower() not in SLIDE_SUFFIXES: return False
     if not path.is_file(): return True  # refused when it is opened
@@ -255,7 +258,7 @@ def list_slides(
     if not source.exists(): raise HistoDiffusionError(f"There is no slide or folder {source}: check the path.")
     if not source.is_dir(): return [source], []
     files = _files_below(source, out)
-    slides, left = _one_each([p for p in files if _is_slide(p)])
+    slides, left = _one_each([p for p in files if is_slide(p)])
     plain = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and p not in {*slides, *left}]
     if images or not slides: slides, plain = sorted([*slides, *plain]), []
     if slides: return slides, left + plain
@@ -343,7 +346,9 @@ def _collect(out):
     return manifest
 
 # %% ../../nbs/library/data/16_slides.ipynb #363e1096
-def _checked_tiling(settings):
+def check_tiling(
+    settings:dict, # fields of `Tiling`
+) -> Tiling:
     "Settings of a tiling, or a sentence that says what is wrong with them."
     try: return Tiling(**settings)
     except ValidationError as e:
@@ -365,7 +370,7 @@ def tile_slides(
     **settings, # fields of `Tiling`
 ) -> pd.DataFrame: # one row per patch; also written as `out/manifest.csv`
     "Cut slides into patches of tissue; a second call continues where the first was stopped."
-    tiling, out = _checked_tiling(settings), as_path(out)
+    tiling, out = check_tiling(settings), as_path(out)
     _openslide()
     files, left = list_slides(source, out, images)
     _say_left(left)

@@ -6,7 +6,7 @@
 __all__ = ['DPI', 'FULL_WIDTH', 'COLUMN_WIDTH', 'figure_style', 'save_figure', 'montage', 'show_patches', 'figure_2',
            'contact_sheet', 'plot_reconstructions', 'plot_pairs', 'plot_history', 'plot_gain', 'plot_class_gain',
            'plot_noise_accuracy', 'plot_ablation', 'plot_quality_seconds', 'plot_adaptation', 'plot_variants',
-           'plot_calibration', 'plot_feature_map', 'method_diagram']
+           'plot_calibration', 'plot_feature_map', 'plot_class_map', 'method_diagram']
 
 # %% ../../nbs/library/measure/04_figures.ipynb #2d77211d
 import base64, contextlib, io, re, textwrap
@@ -374,6 +374,31 @@ def plot_feature_map(
                     markers=dict(real="o", synthetic="X"), palette="colorblind", s=20, ax=ax)
     ax.set(xticks=[], yticks=[])
     sns.move_legend(ax, "center left", bbox_to_anchor=(1, .5))
+    return fig
+
+# %% ../../nbs/library/measure/04_figures.ipynb #edb6d334
+@figure_style()
+def plot_class_map(
+    overview:np.ndarray, # (H, W, 3) uint8 picture of the slide
+    corners:np.ndarray, # (N, 2) x and y of the tiles' upper left corners, px of the overview
+    side:float, # of a tile, px of the overview
+    index:np.ndarray, # (N,) class of each tile, 0..K-1, NaN where it could not be read
+    confidence:np.ndarray, # (N,) posterior of that class, 0..1
+    classes:tuple, # K class names
+) -> Figure:
+    "A slide, and beside it the class of each tile."
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Patch, Rectangle
+    fig, axes = plt.subplots(1, 2, figsize=(FULL_WIDTH, .5*FULL_WIDTH*len(overview)/overview.shape[1] + .6))
+    colours = sns.color_palette("colorblind" if len(classes) <= 10 else "husl", len(classes))
+    known = ~np.isnan(index)
+    tiles = PatchCollection([Rectangle(xy, side, side) for xy in corners[known]], linewidths=0)
+    tiles.set_facecolor([(*colours[int(k)], a) for k, a in zip(index[known], np.clip(confidence[known], .1, .9))])
+    for ax in axes: ax.imshow(overview)
+    axes[1].add_collection(tiles)
+    for ax in axes: ax.set(xticks=[], yticks=[])
+    handles = [Patch(color=colours[k], label=classes[k]) for k in sorted({int(k) for k in index[known]})]
+    fig.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
     return fig
 
 # %% ../../nbs/library/measure/04_figures.ipynb #84145c74

@@ -140,7 +140,7 @@ def encoder_names() -> tuple: # names that need no download
 # %% ../../nbs/library/models/02_encoders.ipynb #0a7ea9fb
 @torch.no_grad()
 def encode_images(
-    encoder:ImageEncoder,
+    encoder:nn.Module, # `ImageEncoder` or `TextureEncoder`
     images:np.ndarray, # (N, H, W, C) uint8, grey or RGB, of any size
 ) -> np.ndarray: # (N, D) float32
     "Feature vectors of patches."
@@ -164,6 +164,8 @@ def feature_maps(
 # %% ../../nbs/library/models/02_encoders.ipynb #7d5896bb
 class TextureEncoder(nn.Module):
     "Mean and deviation of each channel in four stages of the packaged encoder."
+    name = "texture"
+
     def __init__(self):
         super().__init__()
         self.maps = feature_maps(4)
@@ -173,13 +175,8 @@ class TextureEncoder(nn.Module):
         return torch.cat([f for m in flat for f in (m.mean(2), m.std(2, correction=0))], 1)
 
 # %% ../../nbs/library/models/02_encoders.ipynb #b33531c5
-@torch.no_grad()
 def texture_features(
     images:np.ndarray, # (N, H, W, C) uint8, grey or RGB, of any size
 ) -> np.ndarray: # (N, 384) float32
     "What `TextureEncoder` makes of patches."
-    net, found, n = TextureEncoder().to(get_device()), [], inference_batch_size()
-    starts = range(0, len(images), n)
-    for i in progress(starts, desc="texture", unit="batch") if len(images) > 2000 else starts:
-        found.append(net(images_to_tensor(images[i:i + n]).to(get_device())).cpu())
-    return torch.cat(found).numpy()
+    return encode_images(TextureEncoder().to(get_device()), images)

@@ -17,18 +17,22 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import derive_seed, load_tensors, read_json, save_tensors, write_json, write_table
+from ..core import (
+    derive_seed, get_device, load_tensors, read_json, save_tensors, write_json, write_table)
 from ..measure.image_metrics import common_count, image_quality, random_rows
 from ..measure.memorisation import thumbnails
 from ..measure.selection import select_patches
 from ..measure.statistics import classification_metrics
 from ..models.backbone import BackboneConfig, build_backbone, predict, train_backbone
-from ..models.baselines import GAN_BATCH, colour_features, linear_probe, sample_gan, train_gan
+from ..models.baselines import (
+    GAN_BATCH, colour_features, fit_linear_probe, linear_probe, sample_gan, train_gan)
+from ..models.classifier import Probe
 
 # %% ../../nbs/library/study/07_compare.ipynb #0538e3e7
 from ..models.conditional import train_conditional
 from ..models.diffusion import build_unet, noise_schedule
-from ..models.encoders import PACKAGED, encode_images, encoder_names, load_encoder, texture_features
+from ..models.encoders import (
+    PACKAGED, TextureEncoder, encode_images, encoder_names, load_encoder)
 from ..models.ensemble import Ensemble
 from ..models.guidance import ClassifierFreeGuidance
 from ..models.latent_classifier import LabelledLatents
@@ -172,30 +176,36 @@ def distillation(run:Run) -> Method:
 def self_training(run:Run) -> Method:
     "The backbone, trained in rounds on unlabelled training patches of the target with its own pseudo-labels."
     rest, rounds = read_unlabelled(run), run.settings.self_training_rounds
-    def posteriors(images):
+    def network():
         net = load_backbone(run)
         for i in range(rounds if len(rest) else 0):
             p = predict(net, rest.images)
             sure = p.max(1) >= run.settings.selection_threshold
             extra = (rest.images[sure], p.argmax(1)[sure]) if sure.any() else (None, None)
             net = train_with_patches(run, extra, desc=f"self-training {i + 1}/{rounds}", targets="class")
-        return predict(net, images)
-    return Method(posteriors, 0, training_work(*[backbone_config(run)]*rounds))
+        return net
+    return Method(network, 0, training_work(*[backbone_config(run)]*rounds))
 
 # %% ../../nbs/library/study/07_compare.ipynb #a0ab5835
-def _probe(run, features):
-    "A linear probe of some features, trained on the labelled patches."
-    labelled = read_labelled(run)
+def _probe(run, encoder):
+    "A linear probe of an encoder's features, trained on the labelled patches."
+    labelled, encoder = read_labelled(run), encoder.to(get_device())
+    def network():
+        features, k = encode_images(encoder, labelled.images), len(labelled.classes)
+        return Probe(encoder, fit_linear_probe(features, labelled.labels, k, run.seed).to(get_device()))
+    return Method(network)
+
+def _colour_probe(run, kind):
+    "A linear probe of colours alone: a check of the data, and no network to use."
+    labelled, features = read_labelled(run), functools.partial(colour_features, kind=kind)
     train, k = features(labelled.images), len(labelled.classes)
-    return Method(lambda images: linear_probe(train, labelled.labels, features(images), k, run.seed))
+    return Method(posteriors=lambda images: linear_probe(train, labelled.labels, features(images), k, run.seed))
 
 def _without_patches(run):
     "Classifiers that add no patches."
-    encoder = load_encoder(PACKAGED)
-    features = {f"colour_{kind}": functools.partial(colour_features, kind=kind) for kind in ("mean", "histogram")}
-    features |= dict(frozen_encoder=functools.partial(encode_images, encoder), frozen_texture=texture_features)
-    methods = {name: _probe(run, f) for name, f in features.items()}
-    methods |= dict(teacher=Method(functools.partial(predict, load_teacher(run))), distillation=distillation(run),
+    methods = {f"colour_{kind}": _colour_probe(run, kind) for kind in ("mean", "histogram")}
+    methods |= dict(frozen_encoder=_probe(run, load_encoder(PACKAGED)), frozen_texture=_probe(run, TextureEncoder()))
+    methods |= dict(teacher=Method(functools.partial(load_teacher, run)), distillation=distillation(run),
                     self_training=self_training(run))
     return {(name, 0.): m for name, m in methods.items()}
 

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['ADAPTATIONS', 'REAL', 'pretraining_data', 'target_data', 'read_pool', 'read_split', 'patient_groups', 'read_labelled',
-           'read_unlabelled', 'autoencoder', 'load_autoencoder', 'diffusion', 'fit_classifier', 'labelled_latents',
-           'unlabelled_latents', 'fine_tune', 'adapt', 'class_conditions', 'draw_candidates', 'start_latents',
-           'synthesize', 'Candidates', 'read_synthetic', 'backbone_config', 'teacher_configs', 'training_work',
-           'teacher', 'load_teacher', 'longer', 'augmentation_grid', 'real_only', 'load_backbone', 'Selector',
-           'ratios_of', 'synthetic_counts', 'select', 'copy_test', 'chosen_patches', 'train_with_patches', 'Method',
-           'with_patches', 'measure_methods', 'augment']
+           'read_unlabelled', 'split_table', 'autoencoder', 'load_autoencoder', 'diffusion', 'fit_classifier',
+           'labelled_latents', 'unlabelled_latents', 'fine_tune', 'adapt', 'class_conditions', 'draw_candidates',
+           'start_latents', 'synthesize', 'Candidates', 'read_synthetic', 'backbone_config', 'teacher_configs',
+           'training_work', 'teacher', 'load_teacher', 'longer', 'augmentation_grid', 'real_only', 'load_backbone',
+           'Selector', 'ratios_of', 'synthetic_counts', 'select', 'copy_test', 'chosen_patches', 'train_with_patches',
+           'Method', 'with_patches', 'network_folder', 'made_from', 'measure_methods', 'augment']
 
 # %% ../../nbs/library/study/06_steps.ipynb #0411310f
-import shutil
+import functools, shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -27,8 +27,9 @@ from ..core import (
     HistoDiffusionError, card_html, derive_seed, get_device, load_array, load_tensors, read_json, read_table,
     save_tensors, write_json, write_table)
 from ..data.leakage import held_back, leakage, target_splits
-from ..data.patches import (
-    PatchSet, check_target, dataset_classes, labelled_fraction, load_patches, unreadable_images)
+from histodiffusion.data.patches import (
+    PatchSet, check_target, dataset_classes, labelled_fraction, load_patches, patch_scale, short_name,
+    unreadable_images)
 from ..data.pool import unlabelled_pool
 from ..data.stain import normalise_stain
 from ..data.symmetries import d4_images
@@ -42,6 +43,7 @@ from ..models.autoencoder import (
     decode_latents, encode_patches, low_frequency_share, psnr, train_autoencoder)
 from ..models.backbone import (
     BackboneConfig, build_backbone, features_and_posteriors, predict, train_backbone)
+from ..models.classifier import Classifier
 from ..models.conditioning import (
     FeatureLoss, class_vectors, described, fit_condition, train_conditioned)
 from ..models.diffusion import (
@@ -54,7 +56,7 @@ from ..models.sampling import SamplingConfig, load_pipeline, save_pipeline, synt
 from ..models.training import Fit, FitConfig, load_network
 from .artefacts import stage
 from .prior import is_published, prior_model
-from .run import Run, check_names
+from .run import Run, check_names, licences_of
 
 # %% ../../nbs/library/study/06_steps.ipynb #5a4491a4
 def _skipped(run):
@@ -100,7 +102,8 @@ def target_data(run:Run, folder:Path):
     splits = {k: v.tolist() for k, v in splits.items()}
     write_json(folder/"manifest.json", dict(name=patches.name, classes=patches.classes, counts=patches.counts(),
                                             labels=patches.labels.tolist(), keys=patches.keys, groups=groups,
-                                            splits=splits, patients=len({*(patches.groups or [])} - {""})))
+                                            files=patches.files, patients=len({*(patches.groups or [])} - {""}),
+                                            scale=patch_scale(run.target, run.skip_corrupt), splits=splits))
     return dict(images=len(patches), left_out=unreadable_images(run.target) if run.skip_corrupt else 0)
 
 
@@ -148,6 +151,17 @@ def read_unlabelled(run:Run) -> PatchSet: # may be empty
     "The other training patches, whose labels no method of this run uses."
     train = read_split(run, "train")
     return train.subset(np.setdiff1d(np.arange(len(train)), _labelled(run, train, run.settings.label_fraction)))
+
+# %% ../../nbs/library/study/06_steps.ipynb #0edb03b8
+def split_table(run:Run) -> pd.DataFrame: # columns file, label, split, group and labelled_by, a row for each patch
+    "Which images of the target are in which split, and the seeds that use their labels."
+    m, train, used = read_json(run.read("target_data")/"manifest.json"), read_split(run, "train"), {}
+    for seed in run.settings.seeds:
+        for i in _labelled(run.with_seed(seed), train, run.settings.label_fraction):
+            used.setdefault(m["splits"]["train"][i], []).append(str(seed))
+    files, groups = m["files"] or m["keys"], m["groups"] or [""]*len(m["keys"])
+    return pd.DataFrame([dict(file=files[i], label=m["classes"][m["labels"][i]], split=name, group=groups[i],
+                              labelled_by=" ".join(used.get(i, ()))) for name, s in m["splits"].items() for i in s])
 
 # %% ../../nbs/library/study/06_steps.ipynb #d5847beb
 @stage("autoencoder")
@@ -639,10 +653,11 @@ def train_with_patches(
 # %% ../../nbs/library/study/06_steps.ipynb #aeaa2028
 @dataclass
 class Method:
-    "A row of Table 1: how to get posteriors, and what was spent."
-    posteriors: Callable # (N, H, W, C) uint8 patches -> (N, K) posteriors; called once
+    "A row of Table 1: how to get its network, and what was spent."
+    network: Callable|None = None # () -> trained network, eval mode; called once. None: it gives posteriors without one
     added: int = 0 # patches that were added to the labelled ones
     work: dict = field(default_factory=lambda: training_work()) # steps and images of its training
+    posteriors: Callable|None = None # (N, H, W, C) uint8 patches -> (N, K) posteriors, where there is no network
 
 # %% ../../nbs/library/study/06_steps.ipynb #fe010f0b
 def with_patches(
@@ -652,29 +667,67 @@ def with_patches(
     **how, # of `train_with_patches`
 ) -> Method:
     "A method that trains the backbone on labelled and extra patches when it is used."
-    def posteriors(images): return predict(train_with_patches(run, extra, config, **how), images)
-    if extra[0] is None: return Method(posteriors, 0, training_work(config or backbone_config(run)))
-    return Method(posteriors, len(extra[0]), training_work(longer(run, config)))
+    def network(): return train_with_patches(run, extra, config, **how)
+    if extra[0] is None: return Method(network, 0, training_work(config or backbone_config(run)))
+    return Method(network, len(extra[0]), training_work(longer(run, config)))
+
+# %% ../../nbs/library/study/06_steps.ipynb #592ecbac
+def network_folder(
+    folder, # of a stage that measured methods
+    method:str, # its name in Table 1
+    ratio:float, # synthetic per real patch
+) -> Path:
+    "Where the network of a method is kept."
+    return Path(folder)/"networks"/f"{method}-{ratio:g}"
+
+def _network(method, kept):
+    "The network of a method: trained, or read where an earlier attempt kept it; None where it has none."
+    if method.network is None: return None
+    return Classifier.load(kept).net if kept.exists() else method.network()
+
+def _posteriors(path, net, method, images, n):
+    "Posteriors of n test patches, and of the validation patches after them."
+    if path.exists(): return {k: v.numpy() for k, v in load_tensors(path).items()}
+    p = method.posteriors(images) if net is None else predict(net, images)
+    return dict(probabilities=p[:n], validation=p[n:])
+
+# %% ../../nbs/library/study/06_steps.ipynb #1c7948fc
+def made_from(run:Run) -> dict: # what -> text
+    "The facts about a run's data that the card of a classifier states."
+    c, labelled = run.settings, read_labelled(run)
+    facts = {"labelled set": short_name(run.target), "labelled patches": len(labelled), "seed": run.seed,
+             "profile": run.profile, "share of the labels": f"{c.label_fraction:.3g}"}
+    return facts | {f"licence of {name}": text for name, text in licences_of(run).items()}
+
+def _keep(run, net, posteriors, labels, row, folder):
+    "Write the network of a method as a classifier, calibrated on validation patches."
+    c, known = run.settings, ("accuracy", "macro_f1", "sensitivity", "specificity", "auroc")
+    measured = {"method": f"{row['method']}, {row['added']} patches added", "validation accuracy":
+                f"{row['validation_accuracy']:.3f}"} | {f"test {k.replace('_', ' ')}": f"{row[k]:.3f}" for k in known}
+    about = {"Measured": measured, "Made from": made_from(run)}
+    scale = read_json(run.read("target_data")/"manifest.json")["scale"]
+    net = Classifier(net, read_labelled(run).classes, c.image_size, run.channels, c.stain, about=about, field=scale)
+    net.calibrate(posteriors, labels).save(folder)
 
 # %% ../../nbs/library/study/06_steps.ipynb #18cefce3
 def measure_methods(
     run:Run,
-    folder:Path, # where posteriors and rows are written
+    folder:Path, # where networks, posteriors and rows are written
     methods:dict, # (name, ratio) -> Method
 ) -> dict: # the work of training them
-    "Test each method once; what an earlier attempt has tested is not tested again."
+    "Test each method once and keep its network; what an earlier attempt has tested is not tested again."
     test, validation, rows = read_split(run, "test"), read_split(run, "validation"), []
-    images = np.concatenate([test.images, validation.images])
+    images, n = np.concatenate([test.images, validation.images]), len(read_labelled(run))
     for (name, ratio), method in methods.items():
-        path = folder/f"{name}-{ratio:g}.safetensors"
-        if not path.exists():
-            p = np.split(method.posteriors(images), [len(test)])
-            save_tensors(path, dict(probabilities=p[0], validation=p[1]))
-        p = {k: v.numpy() for k, v in load_tensors(path).items()}
+        path, kept = folder/f"{name}-{ratio:g}.safetensors", network_folder(folder, name, ratio)
+        net = None if path.exists() else _network(method, kept)
+        p = _posteriors(path, net, method, images, len(test))
         rows.append(dict(method=name, ratio=ratio, label_fraction=run.settings.label_fraction, seed=run.seed,
-                         labelled=len(read_labelled(run)), added=method.added,
+                         labelled=n, added=method.added,
                          validation_accuracy=(p["validation"].argmax(1) == validation.labels).mean(),
                          **classification_metrics(test.labels, p["probabilities"])))
+        if net is not None and not kept.exists(): _keep(run, net, p["validation"], validation.labels, rows[-1], kept)
+        if not path.exists(): save_tensors(path, p)
     write_table(pd.DataFrame(rows), folder/"rows")
     return {k: sum(m.work[k] for m in methods.values()) for k in training_work()}
 
@@ -682,7 +735,7 @@ def measure_methods(
 @stage("augment")
 def augment(run:Run, folder:Path):
     "Train the backbone on real and synthetic patches, and test it."
-    methods = {(m, 0.): Method(lambda images, m=m: predict(load_backbone(run, m), images)) for m in REAL}
+    methods = {(m, 0.): Method(functools.partial(load_backbone, run, m)) for m in REAL}
     for kind in ("random", "selected"):
         for ratio in ratios_of(run.settings):
             name = f"histodiffusion_{kind}"

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import derive_seed, load_tensors, markdown_text, read_json, read_table, write_table
+from ..core import (
+    derive_seed, load_tensors, markdown_text, read_json, read_table, write_csv, write_table)
 from ..data.catalogue import may_show
 from ..data.patches import short_name
 from ..data.symmetries import symmetry
@@ -28,9 +29,9 @@ from .compare import PatchQuality
 from .prior import is_published, published_prior
 from .run import Run
 from .stages import STAGES
-from histodiffusion.study.steps import (
+from .steps import (
     chosen_patches, class_conditions, draw_candidates, patient_groups, read_labelled, read_pool, read_split,
-    read_synthetic)
+    read_synthetic, split_table)
 
 # %% ../../nbs/library/study/08_tables.ipynb #6a734446
 def gather(
@@ -64,12 +65,13 @@ SEED_TABLES = dict(
 
 @stage("table_1")
 def table_1(run:Run, folder:Path):
-    "Write Table 1, its figure, its rows, and the tables of augmentation, of both adaptations and of selection."
+    "Write Table 1, its figure and rows, the splits, and the tables of augmentation, adaptations and selection."
     rows, c, inputs = gather(run, "table_1"), run.settings, run.inputs("table_1")
     write_table(rows, run.results/"table_1_seeds", "Every method and seed, measured on the test split.")
     groups, known = patient_groups(run)
     table = summarise_methods(rows, read_correct(inputs), groups, ("histodiffusion_selected", c.ratio))
     save_figure(figures.plot_gain(table), run.figures/"gain")
+    write_csv(split_table(run), run.results/"splits.csv")
     write_table(table, run.results/"table_1",
                 f"Test split of {markdown_text(short_name(run.target))} at {c.label_fraction:.3g} of the labels, "
                 f"{len(c.seeds)} seeds; gains over `real` and over `standard_augmentation` (gain_std) with 95 % "
