@@ -130,10 +130,11 @@ def _cost_row(name, records):
 def table_3(run:Run, folder:Path):
     "Write Table 3: what each stage costs."
     records, c, note = records_of(run, "table_3"), run.settings, ""
-    names = dict.fromkeys(r["stage"] for r in records)
+    names = dict.fromkeys(r["stage"] for r in records if not is_published(c, r["stage"]))
     rows = [_cost_row(name, [r for r in records if r["stage"] == name]) for name in names]
-    if c.prior and not is_published(c, "diffusion"):
-        seconds = published_prior(c.prior)[1]["seconds"]
+    if c.prior:
+        taken = {r["stage"]: r["seconds"] for r in records if is_published(c, r["stage"])}
+        seconds = sum((taken | dict(diffusion=published_prior(c.prior)[1]["seconds"])).values())
         note = f" The published prior `{c.prior}` had taken {seconds:.0f} seconds before."
     write_table(pd.DataFrame(rows), run.results/"table_3",
                 "Cost of each stage: optimiser steps, images or latents used in them or sampled, wall seconds of one "
