@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GENERATORS', 'UPPER_BOUNDS', 'generator_steps', 'baselines', 'read_baseline', 'pick', 'pseudo_labelled', 'retrieval',
-           'upper_bounds', 'distillation', 'self_training', 'compare', 'oracle', 'load_oracle', 'PatchQuality',
-           'synthetic_sets', 'quality']
+           'upper_bounds', 'distillation', 'self_training', 'absent_methods', 'compare', 'oracle', 'load_oracle',
+           'PatchQuality', 'synthetic_sets', 'quality']
 
 # %% ../../nbs/library/study/07_compare.ipynb #8bc35008
 import functools
@@ -219,6 +219,22 @@ def _other_patches(run):
     found |= {(n, r): upper_bounds(run, r, true) for (n, true), r in product(UPPER_BOUNDS.items(), (ratio, 3*ratio))}
     return {name: extra for name, extra in found.items() if extra[0] is not None}
 
+# %% ../../nbs/library/study/07_compare.ipynb #344a8088
+_NO_MORE = "all training labels are used, and there are no further training patches"
+
+def absent_methods(
+    run:Run,
+    measured, # names of the methods that Table 1 has
+) -> dict: # method -> why it is not there
+    "Why a row of Table 1 is missing."
+    rest, found = len(read_unlabelled(run)), {n: "no candidate passed the selection" for n in _SELECTED}
+    no_pool, no_patch = "the published prior comes without its patches", "no patch of the pool passed the selection"
+    found["retrieval"] = no_pool if is_published(run.settings, "pretraining_data") else no_patch
+    found |= dict.fromkeys(UPPER_BOUNDS, "no unlabelled patch passed the selection" if rest else _NO_MORE)
+    return {name: why for name, why in found.items() if name not in measured}
+
+_SELECTED = [f"{n}_selected" for n in GENERATORS]
+
 # %% ../../nbs/library/study/07_compare.ipynb #16c13d44
 @stage("compare")
 def compare(run:Run, folder:Path):
@@ -232,6 +248,7 @@ def compare(run:Run, folder:Path):
     own = pick(Selector(run), s["images"], s["labels"], synthetic_counts(read_labelled(run), c.ratio))
     for name, ratio, extra in (("", 0., (None, None)), ("_histodiffusion", c.ratio, own)):
         methods[f"finetuned_encoder{name}", ratio] = with_patches(run, extra, tuned, desc=f"finetuned encoder{name}")
+    write_json(folder/"absent.json", absent_methods(run, {name for name, _ in methods}))
     return measure_methods(run, folder, methods)
 
 # %% ../../nbs/library/study/07_compare.ipynb #fc44a696

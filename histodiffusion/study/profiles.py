@@ -42,6 +42,7 @@ class DataSettings:
     pretrain_patches: Count = 1800 # unlabelled patches in the pre-training pool, > 0
     label_fraction: ShareAboveZero = .1 # share of the training labels that is used, > 0, <= 1
     seeds: tuple[CountOrZero, ...] = (0, 1) # repeats, >= 0; each draws its own labelled patches
+    folds: CountOrZero = 0 # 0: one division; 3 or more: cross-validation by patient, a seed for each fold
 
 # %% ../../nbs/library/study/01_profiles.ipynb #3aed9958
 @dataclass(frozen=True)
@@ -219,6 +220,9 @@ def _problems(p):
         f"selection_rule must be one of {', '.join(RULES)}": p.selection_rule not in RULES,
         "teacher needs a network or more": not p.teacher,
         "teacher_folds must be 0, or 2 or more": p.teacher_folds == 1,
+        "folds must be 0, or 3 or more": p.folds in (1, 2),
+        f"seeds must fall on all folds equally often, such as {' '.join(map(str, range(min(p.folds, 20))))}":
+            p.folds > 2 and len({sum(s % p.folds == k for s in p.seeds) for k in range(p.folds)}) > 1,
         "condition_features must be fewer than pretrain_patches": p.condition_features >= p.pretrain_patches,
         "prior_steps and prior_part need a prior": not p.prior and (p.prior_steps or p.prior_part != "whole"),
         "guidance_interval must name the earlier time first": first >= last,

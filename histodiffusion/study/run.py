@@ -78,6 +78,7 @@ def _settings_of(run):
     "All settings of a run: preset, overrides, and what a published prior fixes."
     changed = dict(run.overrides)
     if run.label_fraction is not None: changed["label_fraction"] = run.label_fraction
+    if (folds := changed.get("folds")) and "seeds" not in changed: changed["seeds"] = tuple(range(folds))
     return get_profile(run.profile, **changed | settings_of_prior(get_profile(run.profile, **changed), changed))
 
 def _sets_of(run):
@@ -247,7 +248,7 @@ def key_parts(self:Run,
         upstream=[r.key(u) for u, r in self.inputs(stage)], channels=self.channels if sets else None,
         data=[(s if s in REGISTRY else s.split(":")[0], self.fingerprint(s)) for s in sets],
         flags=(self.skip_corrupt, self.allow_leakage) if sets else None,
-        without=self.fingerprint(self.target) if self.skip_leaks and stage == "pretraining_data" else None)
+        without=(self.fingerprint(self.target), settings.folds)*(self.skip_leaks and stage == "pretraining_data"))
     return parts
 
 # %% ../../nbs/library/study/04_run.ipynb #66007722

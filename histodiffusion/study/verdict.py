@@ -151,8 +151,13 @@ def gain_sentences(
 # %% ../../nbs/library/study/10_verdict.ipynb #69ed7818
 def scope_sentence(
     groups:int, # patients or slides of the test patches; 0: not known
+    folds:int=0, # of cross-validation; 0: none
 ) -> str:
     "What the interval takes for granted."
+    if folds:
+        kept = "patients or slides stay together" if groups else "patients are not known, so a fold may divide one"
+        return (f"The interval is over {folds} folds ({kept}), widened because they share training patches. One prior "
+                "served all folds, so it is valid for this prior.")
     patients = (f"takes the {groups} patients or slides of the test patches as drawn at random" if groups else
                 "takes test patches as independent, because patients are not known: where a patient gave several, it "
                 "is too narrow")
