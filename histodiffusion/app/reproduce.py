@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core import HistoDiffusionError, load_settings, read_json
 from ..data.patches import dataset_classes, in_arrays, list_images, packed_dataset, parse_phantom
 from ..study.artefacts import check_leakage, command_of, remove_stage
-from ..study.checks import check_run
+from ..study.checks import check_run, network_notes
 from ..study.prior import is_published
 from ..study.profiles import get_profile
 from ..study.run import Run
@@ -143,7 +143,7 @@ def describe_plan(
     left = [j for j in jobs if not j.done]
     timed = [seconds[j.stage] for j in left if j.stage in seconds]
     estimate = f"; {len(timed)} of them took {duration(sum(timed))} before, one after another" if timed else ""
-    warnings = [f"warning: {w}" for w in check_run(run)]
+    warnings = [*(f"warning: {w}" for w in check_run(run)), *(f"note: {n}" for n in network_notes(run))]
     return "\n".join([*lines, "", *warnings, f"{len(left)} of {len(jobs)} stages to make{estimate}"])
 
 # %% ../../nbs/library/app/02_reproduce.ipynb #799017f3

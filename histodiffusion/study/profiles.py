@@ -117,15 +117,16 @@ class SamplingSettings:
 @dataclass(frozen=True)
 class BackboneSettings:
     "The backbone classifier, and the teacher that selects patches for it."
-    backbone: str = "test_resnet" # timm name; test_resnet is timm's small residual network (0.4 M weights)
+    backbone: str = "test_resnet" # timm name, or one with weights; test_resnet is timm's small residual network
     backbone_steps: Count = 50 # optimiser steps, > 0
     backbone_batch: Count = 32 # patches per step, > 0
     backbone_lr: Positive = 4e-3 # peak learning rate, > 0
-    teacher: tuple[str, ...] = ("test_resnet",) # timm names of the networks that are averaged as teacher
+    teacher: tuple[str, ...] = ("test_resnet",) # networks that are averaged as teacher
     teacher_steps: Count = 50 # optimiser steps of each of them, > 0
     teacher_lr: Positive = 4e-3 # their peak learning rate, > 0
-    encoder_steps: Count = 50 # optimiser steps of the packaged encoder as one of them, > 0
-    encoder_lr: Positive = 1e-3 # its peak learning rate, also as backbone, > 0
+    encoder: str = "efficientnet_lite0" # pretrained network of the rows of an encoder, see `histodiffusion encoders`
+    encoder_steps: Count = 50 # optimiser steps of a pretrained network in the teacher, > 0
+    encoder_lr: Positive = 1e-3 # peak learning rate of pretrained networks, also as backbone, > 0
     teacher_symmetries: Symmetries = 4 # symmetries of the square that it is averaged over: 1, 2, 4 or 8
     teacher_folds: CountOrZero = 0 # folds of the labelled patches that calibrate it, 0 (no calibration) or 2 and more
     augmentation_strengths: tuple[ShareAboveZero, ...] = (1.,) # of standard augmentation, tried on validation patches
@@ -147,7 +148,7 @@ class BaselineSettings:
     class_embedding_lr: Positive = 30. # learning rate of their class embedding, relative to the other weights, > 0
     cfg_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2. # of classifier-free guidance, >= 1; 1: none
     self_training_rounds: Count = 1 # times that the backbone assigns pseudo-labels to unlabelled patches, > 0
-    oracle: str = "test_resnet" # timm name of the oracle, trained on all training labels
+    oracle: str = "test_resnet" # network of the oracle, trained on all training labels
     oracle_steps: Count = 50 # optimiser steps, > 0
     oracle_lr: Positive = 4e-3 # peak learning rate, > 0
 
@@ -167,7 +168,7 @@ class AblationSettings:
     ablation_sets: tuple[CountOrZero, ...] = (1,) # numbers of pre-training sets, 0: none; not used with a prior
     ablation_thresholds: tuple[ShareAboveZero, ...] = (.9,) # further selection thresholds
     ablation_ratios: tuple[Positive, ...] = (1.5,) # further ratios of synthetic to real patches
-    ablation_backbones: tuple[str, ...] = ("test_vit",) # further backbones, besides the packaged encoder
+    ablation_backbones: tuple[str, ...] = ("test_vit",) # further backbones, besides the encoder
 
 # %% ../../nbs/library/study/01_profiles.ipynb #7ab06f6f
 SECTIONS = (DataSettings, AutoencoderSettings, PriorSettings, AdaptationSettings, SamplingSettings, BackboneSettings,

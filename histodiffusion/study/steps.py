@@ -49,11 +49,12 @@ from ..models.conditioning import (
     FeatureLoss, class_vectors, described, fit_condition, train_conditioned)
 from ..models.diffusion import (
     DiffusionLoss, LatentSampler, build_unet, noise_schedule, train_diffusion)
-from ..models.encoders import PACKAGED, encode_images, load_encoder, texture_features
+from ..models.encoders import encode_images, load_encoder, texture_features
 from ..models.ensemble import Ensemble, train_ensemble
 from ..models.guidance import ClassifierGuidance
 from ..models.latent_classifier import LabelledLatents, noise_report, train_classifier
 from ..models.sampling import SamplingConfig, load_pipeline, save_pipeline, synthesize_patches
+from ..models.pretrained import is_pretrained
 from ..models.training import Fit, FitConfig, load_network
 from .artefacts import stage
 from .prior import is_published, prior_model
@@ -435,14 +436,15 @@ def read_synthetic(
 def backbone_config(run:Run) -> BackboneConfig: # the same for all methods of a seed
     "How the backbone is trained."
     c = run.settings
+    rate = c.encoder_lr if is_pretrained(c.backbone) else c.backbone_lr
     return BackboneConfig(name=c.backbone, steps=c.backbone_steps, batch_size=c.backbone_batch,
-                          learning_rate=c.backbone_lr, warmup=c.backbone_steps//20,
+                          learning_rate=rate, warmup=c.backbone_steps//20,
                           seed=derive_seed("backbone", run.seed))
 
 def teacher_configs(run:Run) -> list: # of BackboneConfig
     "How the networks of the teacher are trained."
     c = run.settings
-    def how(name): return (c.encoder_steps, c.encoder_lr) if name == PACKAGED else (c.teacher_steps, c.teacher_lr)
+    def how(name): return (c.encoder_steps, c.encoder_lr) if is_pretrained(name) else (c.teacher_steps, c.teacher_lr)
     return [BackboneConfig(name, steps, c.backbone_batch, lr, warmup=steps//20,
                            seed=derive_seed("teacher", run.seed, i))
             for i, (name, (steps, lr)) in enumerate((name, how(name)) for name in c.teacher)]

@@ -29,9 +29,9 @@ def verdict(
 SIMPLER = dict(
     standard_augmentation="standard augmentation", teacher="the teacher itself", distillation="distillation",
     self_training="self-training", retrieval="real patches of the pre-training pool", colour_mean="the mean colour",
-    colour_histogram="a colour histogram", frozen_encoder="a linear probe of the packaged encoder",
-    frozen_texture="a linear probe of its texture features",
-    finetuned_encoder="the packaged encoder, fine-tuned")  # methods without a generator
+    colour_histogram="a colour histogram", frozen_encoder="a linear probe of the encoder",
+    frozen_texture="a linear probe of texture features",
+    finetuned_encoder="the encoder, fine-tuned")  # methods without a generator
 
 def simpler_method(
     table:pd.DataFrame, # Table 1
