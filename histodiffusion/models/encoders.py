@@ -17,7 +17,8 @@ from torch import nn
 from ..core import (
     HistoDiffusionError, get_device, load_settings, load_tensors, inference_batch_size, progress)
 from ..data.packed import images_to_tensor
-from .pretrained import PACKAGED, SOURCES, PretrainedNetwork, lite0_weights, network_source
+from .pretrained import (
+    PACKAGED, SOURCES, PretrainedNetwork, lite0_weights, network_source, short_network)
 
 # %% ../../nbs/library/models/02_encoders.ipynb #2ceb5a9d
 def squeezenet_file() -> Path|None: # a .safetensors file, or None
@@ -75,11 +76,11 @@ class _Inception(nn.Module):
 def _inception(): return _Inception(), 2048, [0.]*3, [1/255]*3
 
 # %% ../../nbs/library/models/02_encoders.ipynb #1f27b2eb
-def _timm_network(name):
+def _timm_network(name, about=None):
     "EfficientNet-Lite0, or a pretrained network of timm, without its classifier."
     import timm
     if network_source(name)[0] in SOURCES:
-        net = PretrainedNetwork(name)
+        net = PretrainedNetwork(name, about=about)
         return net, net.dim, [.5]*3, [.5]*3
     if name != PACKAGED:
         raise HistoDiffusionError(f"Unknown encoder '{name}': use efficientnet_lite0, squeezenet, inception, "
@@ -94,10 +95,11 @@ class ImageEncoder(nn.Module):
     "A network that maps patches in [-1, 1], grey or RGB, to feature vectors."
     def __init__(self,
         name:str, # 'efficientnet_lite0', 'squeezenet', 'inception', or a name with one of SOURCES
+        about:dict|None=None, # of `PretrainedNetwork.describe`, to build that with random weights; None: with its own
     ):
         super().__init__()
-        self.name = name
-        recipe = dict(squeezenet=_squeezenet, inception=_inception).get(name, lambda: _timm_network(name))
+        self.name = short_network(name)
+        recipe = dict(squeezenet=_squeezenet, inception=_inception).get(name, lambda: _timm_network(name, about))
         self.net, self.dim, mean, std = recipe()
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))

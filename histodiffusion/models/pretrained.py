@@ -90,7 +90,7 @@ class PretrainedWeights:
     architecture: str # a name of timm.list_models()
     config: dict # what timm says of its input and its last layer
     arguments: dict # further arguments of timm's constructor
-    path: Path # safetensors file
+    path: Path|None # safetensors file; None: random weights
 
 # %% ../../nbs/library/models/00_pretrained.ipynb #f7ebdad9
 _READ = ("input_size", "fixed_input_size", "interpolation", "mean", "std", "first_conv", "classifier", "pool_size")
@@ -230,21 +230,33 @@ def network_key(
 
 # %% ../../nbs/library/models/00_pretrained.ipynb #847df633
 _DYNAMIC = ("vision_transformer", "deit", "eva")  # families of timm that take any multiple of their patch size
+_OTHER_WEIGHTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
+def _arguments(found):
+    "Arguments of timm's constructor."
+    import timm
+    given, vit = dict(found.arguments), timm.models.is_model_in_modules(found.architecture, _DYNAMIC)
+    if refused := sorted({*given} & {*_OTHER_WEIGHTS}):
+        raise HistoDiffusionError(f"The configuration of '{found.name}' sets {', '.join(refused)}, which would load "
+                                  "other weights: remove it from model_args.")
+    if vit: given = dict(img_size=list(found.config["input_size"][1:])) | given | dict(dynamic_img_size=True)
+    if isinstance(mlp := given.get("mlp_layer"), str): given["mlp_layer"] = getattr(timm.layers, mlp, mlp)
+    return given | dict(in_chans=3)
+
+# %% ../../nbs/library/models/00_pretrained.ipynb #f5d97c7b
 def _build(found):
     "A network of timm with its weights and its own last layer."
     import timm
+    arguments = _arguments(found) | dict(num_classes=0)
+    if found.path is None: return timm.create_model(found.architecture, **arguments)
     try: tensors = load_tensors(found.path)
     except HistoDiffusionError as e:
         raise HistoDiffusionError(f"{found.path} is not a readable safetensors file: get it again.") from e
     head = found.config.get("classifier") or ""
     last = tensors.get(f"{head if isinstance(head, str) else head[0]}.weight")
-    arguments = found.arguments | dict(num_classes=0 if last is None else len(last), in_chans=3)
-    if timm.models.is_model_in_modules(found.architecture, _DYNAMIC): arguments["dynamic_img_size"] = True
-    if isinstance(mlp := arguments.get("mlp_layer"), str): arguments["mlp_layer"] = getattr(timm.layers, mlp, mlp)
-    weights = dict(state_dict=tensors, num_classes=arguments["num_classes"], url="", file="", hf_hub_id=None, source="",
-                   custom_load=False, label_offset=0)
-    config = found.config | weights
+    if last is not None: arguments["num_classes"] = len(last)
+    config = found.config | dict(state_dict=tensors, num_classes=arguments["num_classes"], url="", file="", source="",
+                                 hf_hub_id=None, custom_load=False, label_offset=0)
     try: net = timm.create_model(found.architecture, pretrained=True, pretrained_cfg=config, **arguments)
     except Exception as e:  # timm raises many kinds
         why = " ".join(str(e).split())[:200]
@@ -259,10 +271,11 @@ class PretrainedNetwork(nn.Module):
     def __init__(self,
         name:str, # of a pretrained network, with one of SOURCES
         n_classes:int=0, # of a new last layer, with random weights; 0: none, the features are the output
+        about:dict|None=None, # of `describe`, to build it with random weights; None: with its weights
     ):
         super().__init__()
-        found = find_weights(name)
-        self.name, self.net, c = name, _build(found), found.config
+        found = PretrainedWeights(name, **about, path=None) if about else find_weights(name)
+        self.name, self.found, self.net, c = short_network(name), found, _build(found), found.config
         self.net.reset_classifier(n_classes)
         self.dim = getattr(self.net, "head_hidden_size", self.net.num_features)
         self.sides, self.interpolation = tuple(c["input_size"][1:]), c.get("interpolation") or "bilinear"
@@ -290,3 +303,11 @@ def prepare(self:PretrainedNetwork,
         mode = self.interpolation if self.interpolation in ("bilinear", "bicubic") else "bilinear"
         x = nn.functional.interpolate(x, size=larger, mode=mode, align_corners=False, antialias=True).clamp(0, 1)
     return (x - self.mean)/self.std
+
+# %% ../../nbs/library/models/00_pretrained.ipynb #5d988e96
+@patch
+def describe(self:PretrainedNetwork) -> dict: # as JSON can hold it
+    "How to build the network again where its published weights are not."
+    kept = ("input_size", "fixed_input_size", "interpolation", "mean", "std")
+    config = {k: list(v) if isinstance(v, tuple) else v for k in kept if (v := self.found.config.get(k)) is not None}
+    return dict(architecture=self.found.architecture, config=config, arguments=self.found.arguments)
