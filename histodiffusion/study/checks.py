@@ -9,10 +9,9 @@ __all__ = ['FEW_IMAGES', 'check_networks', 'network_notes', 'check_run']
 import numpy as np
 
 from ..core import HistoDiffusionError
-from ..data.encoder_catalogue import known_encoder
 from ..data.patches import check_target, dataset_classes, load_patches, packed_dataset, parse_phantom
 from .profiles import PROFILES
-from .run import Run, check_names, networks_of, with_networks
+from .run import Run, check_names, network_licences, networks_of
 
 # %% ../../nbs/library/study/11_checks.ipynb #249faf97
 def _labelled_set(run):
@@ -35,17 +34,11 @@ def check_networks(run:Run):
         from histodiffusion.models.pretrained import find_weights
         find_weights(run.settings.encoder)
 
+# %% ../../nbs/library/study/11_checks.ipynb #f0fd91ba
 def network_notes(run:Run) -> list: # a sentence for each network with weights of its own, apart from the packaged one
     "Licence and training data of the networks of a run."
-    found = []
-    for name in networks_of(run.settings):
-        known, short = known_encoder(name), with_networks(dict(encoder=name), "short_network")["encoder"]
-        if ":" not in name: continue
-        if known is None: found.append(f"{short}: its licence and its training data are not known here; state them "
-                                       "with the results")
-        else: found.append(f"{short}: licence {known.licence}; trained on {known.trained_on}"
-                           + "; its terms must be accepted"*known.gated)
-    return found
+    own = [n for n in networks_of(run.settings) if ":" in n]
+    return [f"{name}: licence {terms}" for name, terms in network_licences(own).items()]
 
 # %% ../../nbs/library/study/11_checks.ipynb #f8888ab5
 FEW_IMAGES = 400  # labelled patches below which cross-validation is advised

@@ -54,11 +54,11 @@ from ..models.ensemble import Ensemble, train_ensemble
 from ..models.guidance import ClassifierGuidance
 from ..models.latent_classifier import LabelledLatents, noise_report, train_classifier
 from ..models.sampling import SamplingConfig, load_pipeline, save_pipeline, synthesize_patches
-from ..models.pretrained import is_pretrained
+from ..models.pretrained import PretrainedNetwork, is_pretrained
 from ..models.training import Fit, FitConfig, load_network
 from .artefacts import stage
 from .prior import is_published, prior_model
-from .run import Run, check_names, licences_of
+from .run import Run, check_names, licences_of, network_licences, networks_of
 
 # %% ../../nbs/library/study/06_steps.ipynb #5a4491a4
 def _skipped(run):
@@ -718,7 +718,10 @@ def _keep(run, net, posteriors, labels, row, folder):
     c, known = run.settings, ("accuracy", "macro_f1", "sensitivity", "specificity", "auroc")
     measured = {"method": f"{row['method']}, {row['added']} patches added", "validation accuracy":
                 f"{row['validation_accuracy']:.3f}"} | {f"test {k.replace('_', ' ')}": f"{row[k]:.3f}" for k in known}
-    about = {"Measured": measured, "Made from": made_from(run)}
+    own = [m.name for m in net.modules() if isinstance(m, PretrainedNetwork)]
+    terms = network_licences([*networks_of(c, ("backbone", "teacher")), *own]).items()
+    made = made_from(run) | {f"licence of the network {name}": text for name, text in terms}
+    about = {"Measured": measured, "Made from": made}
     scale = read_json(run.read("target_data")/"manifest.json")["scale"]
     net = Classifier(net, read_labelled(run).classes, c.image_size, run.channels, c.stain, about=about, field=scale)
     net.calibrate(posteriors, labels).save(folder)
