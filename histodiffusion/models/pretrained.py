@@ -137,7 +137,8 @@ def _from_folder(name, rest):
     if weights and config.is_file(): return _from_config(name, config, weights)
     if pickled and not found: raise HistoDiffusionError(f"'{name}' has only {pickled[0]}, and {PICKLED}.")
     missing = "config.json" if weights else "model.safetensors"
-    raise HistoDiffusionError(f"'{name}' has no {missing}: save the network with timm.models.save_for_hf(net, FOLDER).")
+    raise HistoDiffusionError(f"'{name}' has no {missing}: save the network with timm.models.save_for_hf(net, FOLDER, "
+                              "safe_serialization=True).")
 
 # %% ../../nbs/library/models/00_pretrained.ipynb #3cea16a5
 def _from_file(name, rest):
