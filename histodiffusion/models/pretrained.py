@@ -241,6 +241,7 @@ def _arguments(found):
         raise HistoDiffusionError(f"The configuration of '{found.name}' sets {', '.join(refused)}, which would load "
                                   "other weights: remove it from model_args.")
     if vit: given = dict(img_size=list(found.config["input_size"][1:])) | given | dict(dynamic_img_size=True)
+    if vit and given.get("global_pool") == "": given["global_pool"] = "token"  # one vector, not all tokens
     if isinstance(mlp := given.get("mlp_layer"), str): given["mlp_layer"] = getattr(timm.layers, mlp, mlp)
     return given | dict(in_chans=3)
 
