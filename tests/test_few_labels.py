@@ -11,10 +11,11 @@ from histodiffusion.data.phantom import phantom_patches
 from histodiffusion.study.run import Run
 
 CLASSES = {"DEB": 2, "STR": 7, "TUM": 8}
-TINY = dict(image_size=32, pretrain_patches=90, autoencoder_channels=[8, 16], autoencoder_steps=8,
-            unet_channels=[16, 32], diffusion_steps=6, diffusion_batch=16, finetune_steps=3, classifier_steps=4, classifier_batch=16,
-            sampler_steps=2, samples_per_class=6, backbone_steps=6, backbone_batch=16, teacher_steps=6, encoder_steps=2,
-            oracle_steps=6, perceptual_weight=0.0, ratios=[1.0], selection_rule="random")  # fmt: skip
+TINY = dict(
+    image_size=32, pretrain_patches=90, autoencoder_channels=[8, 16], autoencoder_steps=8, unet_channels=[16, 32],
+    diffusion_steps=6, diffusion_batch=16, finetune_steps=3, classifier_steps=4, classifier_batch=16, sampler_steps=2,
+    samples_per_class=6, backbone_steps=6, backbone_batch=16, teacher_steps=6, encoder_steps=2, oracle_steps=6,
+    perceptual_weight=0.0, ratios=[1.0], selection_rule="random")  # fmt: skip
 
 
 @pytest.fixture

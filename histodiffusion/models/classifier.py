@@ -75,7 +75,7 @@ def build_network(
         encoder = TextureEncoder() if texture else ImageEncoder(about["encoder"], about.get("network"))
         return Probe(encoder, nn.Linear(about["features"], about["classes"]))
     if kind == "pretrained": return PretrainedNetwork(about["name"], about["classes"], about["network"])
-    known = kind == "timm" and {*about["model_args"]} <= {"in_chans", "img_size", "patch_size"}
+    known = kind == "timm" and {*about.get("model_args", ())} <= {"in_chans", "img_size", "patch_size"}
     if not known or about["architecture"] not in timm.list_models():
         raise HistoDiffusionError(f"The network is described as '{kind}' '{about.get('architecture', '')}', which this "
                                   "version does not know: install the newest HistoDiffusion and timm.")

@@ -6,10 +6,10 @@
 __all__ = ['MOST', 'Side', 'Count', 'CountOrZero', 'Positive', 'PositiveOrZero', 'Share', 'ShareAboveZero', 'Time', 'Symmetries',
            'Scheduler', 'SECTIONS', 'PROFILES', 'DataSettings', 'AutoencoderSettings', 'PriorSettings',
            'AdaptationSettings', 'SamplingSettings', 'BackboneSettings', 'BaselineSettings', 'AblationSettings',
-           'Expected', 'Profile', 'get_profile']
+           'Expected', 'Profile', 'sized', 'get_profile']
 
 # %% ../../nbs/library/study/01_profiles.ipynb #db5108d0
-import difflib, tomllib
+import difflib, math, tomllib
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from typing import Annotated, Literal
@@ -250,6 +250,18 @@ def _read_presets():
 
 PROFILES: dict[str, Profile] = _read_presets()
 
+# %% ../../nbs/library/study/01_profiles.ipynb #e16ace66
+def sized(
+    preset:Profile,
+    image_size:int, # side of the patches, px
+) -> dict: # settings of the first stage that fit the size; {}: those of the preset do
+    "The first stage for patches of another size than the preset's."
+    doubled = int(math.log2(max(1, image_size/preset.image_size)))
+    widths = preset.autoencoder_channels
+    if not doubled or preset.prior: return {}
+    narrow = tuple(max(4, widths[0]//2**k) for k in range(doubled, 0, -1))
+    return dict(autoencoder_channels=narrow + widths, autoencoder_crop=preset.autoencoder_crop*2**doubled)
+
 # %% ../../nbs/library/study/01_profiles.ipynb #b28011b5
 def get_profile(
     name:str="smoke", # smoke, small, gpu or paper
@@ -259,7 +271,9 @@ def get_profile(
     if name not in PROFILES:
         raise HistoDiffusionError(f"Unknown profile '{name}': use one of {', '.join(PROFILES)}.")
     _check_names(overrides)
-    try: return replace(PROFILES[name], **overrides)
+    size, own = overrides.get("image_size"), {"autoencoder_channels", "autoencoder_crop", "prior"} & {*overrides}
+    fitted = sized(PROFILES[name], size) if type(size) is int and not own else {}
+    try: return replace(PROFILES[name], **fitted | overrides)
     except ValidationError as e:
         raise HistoDiffusionError(f"These settings cannot run: {'; '.join(map(_sentence, e.errors()))}.") from None
 
