@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TEXT_COLUMNS', 'HistoDiffusionError', 'Settings', 'as_path', 'load_settings', 'hash_object', 'hash_file',
-           'file_facts', 'check_files', 'derive_seed', 'keep_freed_memory', 'get_device', 'inference_batch_size',
-           'machine', 'peak_memory', 'atomic_path', 'write_text', 'write_json', 'read_json', 'save_tensors',
-           'load_tensors', 'load_array', 'progress', 'picture_html', 'card_html', 'markdown_text', 'csv_text',
-           'write_csv', 'read_table', 'write_table', 'best_precision']
+           'file_facts', 'check_files', 'hash_once', 'derive_seed', 'keep_freed_memory', 'get_device',
+           'inference_batch_size', 'machine', 'peak_memory', 'atomic_path', 'write_text', 'write_json', 'read_json',
+           'save_tensors', 'load_tensors', 'load_array', 'progress', 'picture_html', 'card_html', 'markdown_text',
+           'csv_text', 'write_csv', 'read_table', 'write_table', 'best_precision']
 
 # %% ../nbs/library/00_core.ipynb #73e76151
 import base64, configparser, contextlib, ctypes, functools, hashlib, html, importlib.metadata, io, json, os, platform
@@ -121,6 +121,14 @@ def check_files(
         elif about.st_size != size: wrong = f"has {about.st_size} bytes, and {size} were written"
         elif _digest(path, size, about.st_mtime_ns) != digest: wrong = "is damaged or was changed after it was written"
         if wrong: raise HistoDiffusionError(f"{path} {wrong}: {remedy}.")
+
+# %% ../nbs/library/00_core.ipynb #36524ae8
+def hash_once(
+    path, # a file
+) -> str: # 64 hexadecimal digits
+    "`hash_file`, once for each state of a file in a process: for large files."
+    about = Path(path).stat()
+    return _digest(Path(path), about.st_size, about.st_mtime_ns)
 
 # %% ../nbs/library/00_core.ipynb #055b41a3
 def derive_seed(

@@ -65,8 +65,8 @@ def changed(**options):
 
 
 def test_guidance_scale_changes_synthesis_but_not_adaptation(project):
-    expected = {"synthesize", "select", "augment", "compare", "quality", "sampling_grid", "adaptation_grid",
-                "recommend", *RESULTS}  # fmt: skip
+    later = ("select", "augment", "compare", "quality", "sampling_grid", "adaptation_grid", "recommend")
+    expected = {"synthesize", *later, *RESULTS}
     assert changed(overrides={"guidance_scale": 9.5}) == [s for s in STAGES if s in expected]
 
 

@@ -225,10 +225,28 @@ class Settings:
         return 0
 
 
+@dataclass(frozen=True)
+class Encoders:
+    "List known encoders: licence, size, access, and what they were trained on."
+
+    def __call__(self):
+        from histodiffusion.data.encoder_catalogue import encoder_table
+
+        for e in encoder_table().itertuples():
+            access = "terms to accept" if e.gated.startswith("yes") else "open"
+            print(f"{e.name:<20} {e.network}\n{'':<20} licence: {e.licence}; {e.million_parameters} million parameters; "
+                  f"{access}{'?' * e.gated.endswith('?')}\n{'':<20} trained on {e.trained_on}"
+                  + f"; refused for targets of {e.labels_of}" * bool(e.labels_of))  # fmt: skip
+        print("?: not checked at the publisher. Any other network of timm: timm:NAME, hf-hub:OWNER/NAME, local-dir:PATH or\n"
+              "file:PATH.safetensors,model=NAME, as --encoder, --backbone, --teacher or --oracle")  # fmt: skip
+        return 0
+
+
 COMMANDS = {  # name -> its class and description
     "reproduce": (Reproduce, Reproduce.__doc__), "data": (Data, Data.__doc__),
     **{name: (StageCommand, text) for name, text in STAGE_COMMANDS.items()},
-    "export": (Export, Export.__doc__), "predict": (Predict, Predict.__doc__), "tile": (Tile, Tile.__doc__), "settings": (Settings, Settings.__doc__),
+    "export": (Export, Export.__doc__), "predict": (Predict, Predict.__doc__), "tile": (Tile, Tile.__doc__),
+    "settings": (Settings, Settings.__doc__), "encoders": (Encoders, Encoders.__doc__),
 }  # fmt: skip
 
 
@@ -255,12 +273,14 @@ def make_stages(run, command: str, force: bool) -> None:
     "Make the stages of a command, and those that they need."
     from histodiffusion.app.reproduce import duration, plan
     from histodiffusion.study.artefacts import check_leakage, make_stage, remove_stage
-    from histodiffusion.study.checks import check_run
+    from histodiffusion.study.checks import check_run, network_notes
     from histodiffusion.study.run import Run
 
     names = stages_of(command)
     for warning in check_run(run):
         print(f"warning: {warning}", flush=True)
+    for note in network_notes(run):
+        print(f"note: {note}", flush=True)
     check_leakage(run)
     for name in names if force else ():
         for seed in run.settings.seeds if STAGES[name].per_seed else (run.seed,):

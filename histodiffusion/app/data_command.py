@@ -25,7 +25,9 @@ def show(options) -> None:
     run = options.make()
     c, target = run.settings, run.target
     patches = load_patches(target, c.image_size, run.channels, skip_corrupt=run.skip_corrupt)
-    splits = target_splits(target, patches.keys, patches.labels, patches.groups, c.image_size, patches.splits)[1]
+    splits = target_splits(target, patches.keys, patches.labels, patches.groups, c.image_size, patches.splits, c.folds)[1]
+    if c.folds:
+        splits = splits[run.seed % c.folds]
     train = patches.subset(splits["train"])
     labelled = labelled_fraction(train.labels, train.keys, c.label_fraction, run.seed, patches.classes)
     counts = {name: patches.subset(i).counts() for name, i in splits.items()}
@@ -36,7 +38,7 @@ def show(options) -> None:
     rows["all"] = {n: sum(v.values()) for n, v in counts.items()}
     for name, row in rows.items():
         print(f"{name:<{width}}" + "".join(f"{v if name else n:>18}" for n, v in row.items()))
-    print(f"\n{grouping(target, patches)}")
+    print(f"\n{grouping(target, patches, run)}")
     for note in notes(target):
         print(f"note: {note}")
     print("\nunlabelled patches for pre-training")
@@ -46,11 +48,13 @@ def show(options) -> None:
           "images are not searched for")  # fmt: skip
 
 
-def grouping(target, patches) -> str:
+def grouping(target, patches, run) -> str:
     "What the splits of a labelled set keep together."
     from histodiffusion.data.patches import dataset_layout
 
     given = "splits as the set gives them" if patches.splits else "splits made here, 60, 10 and 30 %"
+    if folds := run.settings.folds:
+        given = f"{folds} folds, each patch tested once; shown is fold {run.seed % folds}"
     if not patches.groups:
         return f"{given}; no patient or slide is known" + ", so they follow the content of each patch" * (not patches.splits)
     known = [g for g in patches.groups if g]

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core import HistoDiffusionError, atomic_path
 from .copies import find_overlap, scan_set
-from .patches import packed_dataset, split_patches
+from .patches import fold_splits, packed_dataset, split_patches
 
 # %% ../../nbs/library/data/15_leakage.ipynb #b80b6a6a
 def split_groups(
@@ -48,9 +48,14 @@ def target_splits(
     patients:list|None=None, # (N,) patient or slide of each patch, '' if unknown; None: all unknown
     size:int=64, # side of a phantom's patches, px
     given:list|None=None, # (N,) split of each patch, where the set says it, ''; None: nowhere
-) -> tuple: # (N,) groups or None, and split name -> indices
+    folds:int=0, # 0: one division; >= 3: cross-validation
+) -> tuple: # (N,) groups or None, and split name -> indices; with folds a list of these
     "The groups and the splits of a labelled set."
+    if folds and given is not None and any(given):
+        raise HistoDiffusionError("The set names splits of its own, which cross-validation would mix: leave --folds "
+                                  "out, or the splits.")
     groups = split_groups(spec, keys, patients, size, exact=given is not None and any(given))
+    if folds: return groups, fold_splits(keys, groups, labels, folds)
     return groups, split_patches(keys, groups, labels if patients and any(patients) else None, given)
 
 # %% ../../nbs/library/data/15_leakage.ipynb #79460e2f
@@ -60,6 +65,7 @@ def leakage(
     target:str, # name of the labelled set
     pretrain_sets, # names of the unlabelled sets
     size:int=64, # side of phantoms' patches, px
+    folds:int=0, # > 0: every patch of the target is tested, in one fold or another
 ) -> pd.DataFrame: # a row per pair; index counts the target's readable patches, as `load_patches` does
     "The target's patches that pre-training sets repeat, whole and in any position, with the split of each."
     table, rows = scan_set(target, size).table, []
@@ -69,8 +75,8 @@ def leakage(
         packed = packed_dataset(target, True)  # its images are the rows of the scan
         owners, given = ([x[i] for i in np.flatnonzero(labelled)] for x in (packed.groups, packed.splits))
     keys, labels = table.key[labelled].tolist(), table.label[labelled].tolist()
-    for name, i in target_splits(target, keys, labels, owners, size, given)[1].items():
-        split[np.flatnonzero(labelled)[i]] = name
+    parts = dict(test=slice(None)) if folds else target_splits(target, keys, labels, owners, size, given)[1]
+    for name, i in parts.items(): split[np.flatnonzero(labelled)[i]] = name
     for s in pretrain_sets:
         p = find_overlap(s, target, size=size)
         p = p[(p.kind != "flat") & labelled[p.j]]

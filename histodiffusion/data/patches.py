@@ -6,10 +6,11 @@
 __all__ = ['READING', 'SPLITS', 'FEW', 'parse_phantom', 'folder_and_table', 'short_name', 'unpack_sample', 'dataset_folder',
            'list_images', 'dataset_layout', 'in_arrays', 'dataset_channels', 'dataset_classes', 'read_patchcamelyon',
            'dataset_fingerprint', 'dataset_kinds', 'packed_dataset', 'PatchSet', 'square_patch', 'to_grey',
-           'load_patches', 'unreadable_images', 'patch_scale', 'split_patches', 'labelled_fraction', 'check_target']
+           'load_patches', 'unreadable_images', 'patch_scale', 'split_patches', 'fold_splits', 'labelled_fraction',
+           'check_target']
 
 # %% ../../nbs/library/data/09_patches.ipynb #0140ea4d
-import contextlib, functools, os, stat
+import contextlib, functools, os, stat, warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -462,6 +463,29 @@ def _balanced_numbers(keys, groups, labels):
         split[i] = options[(after - before).argmin()]
         filled[split[i]] += counts[i]
     return ends.mean(1)[split][group]
+
+# %% ../../nbs/library/data/09_patches.ipynb #273e3aa7
+def fold_splits(
+    keys:list, # (N,) content keys
+    groups:list|None, # (N,) group of each patch, such as its patient, '' unknown; None: all unknown
+    labels:np.ndarray, # (N,) classes
+    folds:int, # >= 3
+) -> list: # for each fold: split name -> indices
+    "Divide patches into folds by group; patches of equal content stay together."
+    from sklearn.model_selection import StratifiedGroupKFold
+    ids = np.array([g or k for g, k in zip(groups or [""]*len(keys), keys)])
+    if (n := len(set(ids))) < folds:
+        raise HistoDiffusionError(f"The patches come from {n} patients, slides or different patches, too few for "
+                                  f"{folds} folds: give --folds {n} or fewer, at least 3.")
+    order, fold = np.argsort(np.array(keys), kind="stable"), np.zeros(len(keys), int)  # not that of the files
+    divided = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # a class with fewer patches than folds
+        parts = divided.split(order, np.asarray(labels)[order], ids[order])
+        for k, (_, out) in enumerate(parts): fold[order[out]] = k
+    def split(k):
+        after = (k + 1) % folds
+        return dict(train=~np.isin(fold, (k, after)), validation=fold == after, test=fold == k)
+    return [{name: np.flatnonzero(i) for name, i in split(k).items()} for k in range(folds)]
 
 # %% ../../nbs/library/data/09_patches.ipynb #2f6b4104
 def labelled_fraction(

@@ -18,13 +18,13 @@ from ..core import HistoDiffusionError, derive_seed, get_device, inference_batch
 from ..data.symmetries import augment_d4
 from ..data.packed import images_to_tensor
 from .training import FitConfig, draw_balanced, fit, mixed_precision
-from .encoders import PACKAGED, lite0_weights
+from .pretrained import PACKAGED, PretrainedNetwork, is_pretrained, lite0_weights
 
 # %% ../../nbs/library/models/10_backbone.ipynb #3bda5458
 @dataclass(frozen=True)
 class BackboneConfig:
     "All settings of the downstream classifier."
-    name: str = "resnet10t" # a name of timm.list_models(), or 'efficientnet_lite0', see `build_backbone`
+    name: str = "resnet10t" # of a network, see `build_backbone`
     steps: int = 400 # optimiser steps, >= 1; the same for every method
     batch_size: int = 64 # patches per step, >= 1
     learning_rate: float = 2e-3 # peak, per step
@@ -48,24 +48,27 @@ def _pretrained_lite0(n_classes, channels):
 def check_backbone(
     name:str, # of a network
 ):
-    "Refuse a name that `build_backbone` does not know."
+    "Refuse a name that `build_backbone` does not know, and weights that do not fit; published ones are downloaded."
     import timm
     names = [PACKAGED, *timm.list_models()]
     if name in names: return
+    if is_pretrained(name): return PretrainedNetwork(name, 2)
     near = difflib.get_close_matches(name, names, 3) or [PACKAGED]
     raise HistoDiffusionError(f"Unknown backbone '{name}': did you mean {' or '.join(near)}? Names are "
-                              "efficientnet_lite0 and those of timm.list_models().")
+                              "efficientnet_lite0, those of timm.list_models(), and with their weights timm:NAME, "
+                              "hf-hub:OWNER/NAME, local-dir:PATH and file:PATH.safetensors,model=NAME.")
 
 # %% ../../nbs/library/models/10_backbone.ipynb #6db41caa
 def build_backbone(
-    name:str, # a name of timm.list_models(), or 'efficientnet_lite0': the packaged one, with its ImageNet weights
+    name:str, # a name of timm.list_models(): random weights; 'efficientnet_lite0', 'timm:NAME' ...: see `is_pretrained`
     n_classes:int, # K, >= 2
     channels:int=3, # 1 greyscale, 3 RGB
     size:int=64, # side of the patches, px; used by transformers only
 ) -> torch.nn.Module: # (N, channels, H, W) in [-1, 1] -> (N, K) logits
-    "A timm classifier with random weights, or the packaged one with ImageNet weights."
+    "A timm classifier with random weights, or a pretrained one with a new last layer."
     import timm
     if name == PACKAGED: return _pretrained_lite0(n_classes, channels)
+    if is_pretrained(name): return PretrainedNetwork(name, n_classes)
     check_backbone(name)
     config = timm.get_pretrained_cfg(name)  # of the published weights, which are not loaded
     sized = dict(img_size=size) if config and config.fixed_input_size else {}

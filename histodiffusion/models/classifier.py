@@ -22,6 +22,7 @@ from .backbone import build_backbone, predict
 from .encoders import ImageEncoder, TextureEncoder
 from .ensemble import Ensemble
 from .latent_classifier import fit_temperature
+from .pretrained import PretrainedNetwork
 
 # %% ../../nbs/library/models/14_classifier.ipynb #4b4ff062
 class Probe(nn.Module):
@@ -40,14 +41,18 @@ class Probe(nn.Module):
 
 # %% ../../nbs/library/models/14_classifier.ipynb #9926a208
 def describe_network(
-    net:nn.Module, # a backbone of timm, an `Ensemble` of them, or a `Probe`
+    net:nn.Module, # a backbone of timm, pretrained or not, an `Ensemble` of them, or a `Probe`
 ) -> dict: # as JSON can hold it
     "How to build a network again."
     if isinstance(net, Ensemble):
         return dict(kind="ensemble", members=[*map(describe_network, net.members)], symmetries=net.symmetries)
     if isinstance(net, Probe):
+        own = getattr(net.encoder, "net", None)
+        own = dict(network=own.describe()) if isinstance(own, PretrainedNetwork) else {}
         return dict(kind="probe", encoder=net.encoder.name, features=net.layer.in_features,
-                    classes=net.layer.out_features)
+                    classes=net.layer.out_features, **own)
+    if isinstance(net, PretrainedNetwork):
+        return dict(kind="pretrained", name=net.name, classes=net.net.num_classes, network=net.describe())
     if "architecture" not in (getattr(net, "pretrained_cfg", None) or {}):
         raise HistoDiffusionError(f"A {type(net).__name__} cannot be described: save a network of timm, an Ensemble of "
                                   "them, or a Probe.")
@@ -66,9 +71,12 @@ def build_network(
     kind = about["kind"]
     if kind == "ensemble": return Ensemble([*map(build_network, about["members"])], about["symmetries"])
     if kind == "probe":
-        encoder = TextureEncoder() if about["encoder"] == TextureEncoder.name else ImageEncoder(about["encoder"])
+        texture = about["encoder"] == TextureEncoder.name
+        encoder = TextureEncoder() if texture else ImageEncoder(about["encoder"], about.get("network"))
         return Probe(encoder, nn.Linear(about["features"], about["classes"]))
-    if kind != "timm" or about["architecture"] not in timm.list_models():
+    if kind == "pretrained": return PretrainedNetwork(about["name"], about["classes"], about["network"])
+    known = kind == "timm" and {*about.get("model_args", ())} <= {"in_chans", "img_size", "patch_size"}
+    if not known or about["architecture"] not in timm.list_models():
         raise HistoDiffusionError(f"The network is described as '{kind}' '{about.get('architecture', '')}', which this "
                                   "version does not know: install the newest HistoDiffusion and timm.")
     return timm.create_model(about["architecture"], num_classes=about["num_classes"], **about["model_args"])

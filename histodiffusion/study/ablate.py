@@ -25,7 +25,7 @@ from ..measure.statistics import TABLE_COLUMNS, summarise_methods
 from ..models.autoencoder import decode_latents, encode_patches
 from ..models.conditioning import attach
 from ..models.diffusion import noise_schedule
-from ..models.encoders import PACKAGED
+from ..models.pretrained import short_network
 from ..models.guidance import ClassifierGuidance
 from ..models.latent_classifier import LabelledLatents, LatentClassifier, noise_report
 from ..models.sampling import SamplingConfig, calibrate_rejection, load_pipeline, synthesize_patches
@@ -326,7 +326,7 @@ def _ratio(run):
     return [("synthetic over real patches", None, variant(run, ratios=ratios, samples_per_class=most))]
 
 def _packaged(run):
-    "The packaged encoder with and without selected patches, as Table 1."
+    "The encoder with and without selected patches, as Table 1."
     names = dict(finetuned_encoder="real", finetuned_encoder_histodiffusion="histodiffusion_selected")
     runs = [run.with_seed(s) for s in run.settings.seeds[:run.settings.ablation_seeds]]
     rows = pd.concat([read_table(r.read("compare")/"rows.csv") for r in runs], ignore_index=True)
@@ -337,9 +337,10 @@ def _packaged(run):
 
 def _backbone(run):
     c = run.settings
-    others = [n for n in c.ablation_backbones if n not in (c.backbone, PACKAGED)]
-    rest = [("backbone", n, _one(run, backbone=n, backbone_lr=1e-3)) for n in others]
-    return [("backbone", c.backbone, run), *rest, ("backbone", PACKAGED, functools.partial(_packaged, run))]
+    others = [n for n in c.ablation_backbones if n not in (c.backbone, c.encoder)]
+    rest = [("backbone", short_network(n), _one(run, backbone=n, backbone_lr=1e-3)) for n in others]
+    tuned = ("backbone", short_network(c.encoder), functools.partial(_packaged, run))
+    return [("backbone", short_network(c.backbone), run), *rest, tuned]
 
 # %% ../../nbs/library/study/09_ablate.ipynb #e4de6c64
 AXES = dict(labels=_labels, pretraining=_pretraining, selection=_selection, ratio=_ratio, backbone=_backbone)

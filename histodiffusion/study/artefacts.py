@@ -156,7 +156,7 @@ def check_leakage(run:Run):
 def _refuse_repeats(run, sets):
     "Compare images, and stop where held-out ones are repeated."
     from histodiffusion.data.leakage import held_back, leakage, refuse_leakage, write_leaks
-    leaks = leakage(run.target, sets, run.settings.image_size)
+    leaks = leakage(run.target, sets, run.settings.image_size, run.settings.folds)
     path = write_leaks(leaks, run.folder("pretraining_data")/"leakage.csv", run.target)
     if run.skip_leaks: leaks = leaks.drop(held_back(leaks).index)  # the pool is cut without them
     if not run.allow_leakage: refuse_leakage(leaks, path)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GENERATORS', 'UPPER_BOUNDS', 'generator_steps', 'baselines', 'read_baseline', 'pick', 'pseudo_labelled', 'retrieval',
-           'upper_bounds', 'distillation', 'self_training', 'compare', 'oracle', 'load_oracle', 'PatchQuality',
-           'synthetic_sets', 'quality']
+           'upper_bounds', 'distillation', 'self_training', 'absent_methods', 'compare', 'oracle', 'load_oracle',
+           'PatchQuality', 'synthetic_sets', 'quality']
 
 # %% ../../nbs/library/study/07_compare.ipynb #8bc35008
 import functools
@@ -32,7 +32,7 @@ from ..models.classifier import Probe
 from ..models.conditional import train_conditional
 from ..models.diffusion import build_unet, noise_schedule
 from ..models.encoders import (
-    PACKAGED, TextureEncoder, encode_images, encoder_names, load_encoder)
+    TextureEncoder, encode_images, encoder_names, load_encoder)
 from ..models.ensemble import Ensemble
 from ..models.guidance import ClassifierFreeGuidance
 from ..models.latent_classifier import LabelledLatents
@@ -187,13 +187,15 @@ def self_training(run:Run) -> Method:
     return Method(network, 0, training_work(*[backbone_config(run)]*rounds))
 
 # %% ../../nbs/library/study/07_compare.ipynb #a0ab5835
-def _probe(run, encoder):
-    "A linear probe of an encoder's features, trained on the labelled patches."
+def _probe(run, encoder, extra=(None, None)):
+    "A linear probe of an encoder's features, trained on the labelled and extra patches."
     labelled, encoder = read_labelled(run), encoder.to(get_device())
+    parts = [(labelled.images, labelled.labels), extra][:1 + (extra[0] is not None)]
     def network():
-        features, k = encode_images(encoder, labelled.images), len(labelled.classes)
-        return Probe(encoder, fit_linear_probe(features, labelled.labels, k, run.seed).to(get_device()))
-    return Method(network)
+        images, labels = map(np.concatenate, zip(*parts))
+        layer = fit_linear_probe(encode_images(encoder, images), labels, len(labelled.classes), run.seed)
+        return Probe(encoder, layer.to(get_device()))
+    return Method(network, sum(len(y) for _, y in parts[1:]))
 
 def _colour_probe(run, kind):
     "A linear probe of colours alone: a check of the data, and no network to use."
@@ -204,7 +206,7 @@ def _colour_probe(run, kind):
 def _without_patches(run):
     "Classifiers that add no patches."
     methods = {f"colour_{kind}": _colour_probe(run, kind) for kind in ("mean", "histogram")}
-    methods |= dict(frozen_encoder=_probe(run, load_encoder(PACKAGED)), frozen_texture=_probe(run, TextureEncoder()))
+    methods |= dict(frozen_texture=_probe(run, TextureEncoder()))
     methods |= dict(teacher=Method(functools.partial(load_teacher, run)), distillation=distillation(run),
                     self_training=self_training(run))
     return {(name, 0.): m for name, m in methods.items()}
@@ -220,6 +222,22 @@ def _other_patches(run):
     found |= {(n, r): upper_bounds(run, r, true) for (n, true), r in product(UPPER_BOUNDS.items(), (ratio, 3*ratio))}
     return {name: extra for name, extra in found.items() if extra[0] is not None}
 
+# %% ../../nbs/library/study/07_compare.ipynb #344a8088
+_NO_MORE = "all training labels are used, and there are no further training patches"
+
+def absent_methods(
+    run:Run,
+    measured, # names of the methods that Table 1 has
+) -> dict: # method -> why it is not there
+    "Why a row of Table 1 is missing."
+    rest, found = len(read_unlabelled(run)), {n: "no candidate passed the selection" for n in _SELECTED}
+    no_pool, no_patch = "the published prior comes without its patches", "no patch of the pool passed the selection"
+    found["retrieval"] = no_pool if is_published(run.settings, "pretraining_data") else no_patch
+    found |= dict.fromkeys(UPPER_BOUNDS, "no unlabelled patch passed the selection" if rest else _NO_MORE)
+    return {name: why for name, why in found.items() if name not in measured}
+
+_SELECTED = [f"{n}_selected" for n in GENERATORS]
+
 # %% ../../nbs/library/study/07_compare.ipynb #16c13d44
 @stage("compare")
 def compare(run:Run, folder:Path):
@@ -229,10 +247,12 @@ def compare(run:Run, folder:Path):
         targets = "class" if name == "upper_bound_true_labels" else None
         methods[name, ratio] = with_patches(run, extra, desc=f"backbone ({name}, {ratio:.0%})", targets=targets)
     methods |= _without_patches(run)
-    tuned = replace(backbone_config(run), name=PACKAGED, learning_rate=c.encoder_lr)
+    frozen, tuned = load_encoder(c.encoder), replace(backbone_config(run), name=c.encoder, learning_rate=c.encoder_lr)
     own = pick(Selector(run), s["images"], s["labels"], synthetic_counts(read_labelled(run), c.ratio))
     for name, ratio, extra in (("", 0., (None, None)), ("_histodiffusion", c.ratio, own)):
+        methods[f"frozen_encoder{name}", ratio] = _probe(run, frozen, extra)
         methods[f"finetuned_encoder{name}", ratio] = with_patches(run, extra, tuned, desc=f"finetuned encoder{name}")
+    write_json(folder/"absent.json", absent_methods(run, {name for name, _ in methods}))
     return measure_methods(run, folder, methods)
 
 # %% ../../nbs/library/study/07_compare.ipynb #fc44a696

@@ -6,10 +6,10 @@
 __all__ = ['MOST', 'Side', 'Count', 'CountOrZero', 'Positive', 'PositiveOrZero', 'Share', 'ShareAboveZero', 'Time', 'Symmetries',
            'Scheduler', 'Generator', 'SECTIONS', 'PROFILES', 'DataSettings', 'AutoencoderSettings', 'PriorSettings',
            'AdaptationSettings', 'SamplingSettings', 'BackboneSettings', 'BaselineSettings', 'AblationSettings',
-           'Expected', 'Profile', 'get_profile']
+           'Expected', 'Profile', 'sized', 'get_profile']
 
 # %% ../../nbs/library/study/01_profiles.ipynb #db5108d0
-import difflib, tomllib
+import difflib, math, tomllib
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from typing import Annotated, Literal, get_args
@@ -43,6 +43,7 @@ class DataSettings:
     pretrain_patches: Count = 1800 # unlabelled patches in the pre-training pool, > 0
     label_fraction: ShareAboveZero = .1 # share of the training labels that is used, > 0, <= 1
     seeds: tuple[CountOrZero, ...] = (0, 1) # repeats, >= 0; each draws its own labelled patches
+    folds: CountOrZero = 0 # 0: one division; 3 or more: cross-validation by patient, a seed for each fold
 
 # %% ../../nbs/library/study/01_profiles.ipynb #3aed9958
 @dataclass(frozen=True)
@@ -117,15 +118,16 @@ class SamplingSettings:
 @dataclass(frozen=True)
 class BackboneSettings:
     "The backbone classifier, and the teacher that selects patches for it."
-    backbone: str = "test_resnet" # timm name; test_resnet is timm's small residual network (0.4 M weights)
+    backbone: str = "test_resnet" # timm name, or one with weights; test_resnet is timm's small residual network
     backbone_steps: Count = 50 # optimiser steps, > 0
     backbone_batch: Count = 32 # patches per step, > 0
     backbone_lr: Positive = 4e-3 # peak learning rate, > 0
-    teacher: tuple[str, ...] = ("test_resnet",) # timm names of the networks that are averaged as teacher
+    teacher: tuple[str, ...] = ("test_resnet",) # networks that are averaged as teacher
     teacher_steps: Count = 50 # optimiser steps of each of them, > 0
     teacher_lr: Positive = 4e-3 # their peak learning rate, > 0
-    encoder_steps: Count = 50 # optimiser steps of the packaged encoder as one of them, > 0
-    encoder_lr: Positive = 1e-3 # its peak learning rate, also as backbone, > 0
+    encoder: str = "efficientnet_lite0" # pretrained network of the rows of an encoder, see `histodiffusion encoders`
+    encoder_steps: Count = 50 # optimiser steps of a pretrained network in the teacher, > 0
+    encoder_lr: Positive = 1e-3 # peak learning rate of pretrained networks, also as backbone, > 0
     teacher_symmetries: Symmetries = 4 # symmetries of the square that it is averaged over: 1, 2, 4 or 8
     teacher_folds: CountOrZero = 0 # folds of the labelled patches that calibrate it, 0 (no calibration) or 2 and more
     augmentation_strengths: tuple[ShareAboveZero, ...] = (1.,) # of standard augmentation, tried on validation patches
@@ -148,7 +150,7 @@ class BaselineSettings:
     class_embedding_lr: Positive = 30. # learning rate of their class embedding, relative to the other weights, > 0
     cfg_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2. # of classifier-free guidance, >= 1; 1: none
     self_training_rounds: Count = 1 # times that the backbone assigns pseudo-labels to unlabelled patches, > 0
-    oracle: str = "test_resnet" # timm name of the oracle, trained on all training labels
+    oracle: str = "test_resnet" # network of the oracle, trained on all training labels
     oracle_steps: Count = 50 # optimiser steps, > 0
     oracle_lr: Positive = 4e-3 # peak learning rate, > 0
 
@@ -168,7 +170,7 @@ class AblationSettings:
     ablation_sets: tuple[CountOrZero, ...] = (1,) # numbers of pre-training sets, 0: none; with a prior 0 and its own
     ablation_thresholds: tuple[ShareAboveZero, ...] = (.9,) # further selection thresholds
     ablation_ratios: tuple[Positive, ...] = (1.5,) # further ratios of synthetic to real patches
-    ablation_backbones: tuple[str, ...] = ("test_vit",) # further backbones, besides the packaged encoder
+    ablation_backbones: tuple[str, ...] = ("test_vit",) # further backbones, besides the encoder
 
 # %% ../../nbs/library/study/01_profiles.ipynb #7ab06f6f
 SECTIONS = (DataSettings, AutoencoderSettings, PriorSettings, AdaptationSettings, SamplingSettings, BackboneSettings,
@@ -222,6 +224,9 @@ def _problems(p):
         f"selection_rule must be one of {', '.join(RULES)}": p.selection_rule not in RULES,
         "teacher needs a network or more": not p.teacher,
         "teacher_folds must be 0, or 2 or more": p.teacher_folds == 1,
+        "folds must be 0, or 3 or more": p.folds in (1, 2),
+        f"seeds must fall on all folds equally often, such as {' '.join(map(str, range(min(p.folds, 20))))}":
+            p.folds > 2 and len({sum(s % p.folds == k for s in p.seeds) for k in range(p.folds)}) > 1,
         "condition_features must be fewer than pretrain_patches": p.condition_features >= p.pretrain_patches,
         "prior_steps and prior_part need a prior": not p.prior and (p.prior_steps or p.prior_part != "whole"),
         "guidance_interval must name the earlier time first": first >= last,
@@ -248,6 +253,18 @@ def _read_presets():
 
 PROFILES: dict[str, Profile] = _read_presets()
 
+# %% ../../nbs/library/study/01_profiles.ipynb #e16ace66
+def sized(
+    preset:Profile,
+    image_size:int, # side of the patches, px
+) -> dict: # settings of the first stage that fit the size; {}: those of the preset do
+    "The first stage for patches of another size than the preset's."
+    doubled = int(math.log2(max(1, image_size/preset.image_size)))
+    widths = preset.autoencoder_channels
+    if not doubled or preset.prior: return {}
+    narrow = tuple(max(4, widths[0]//2**k) for k in range(doubled, 0, -1))
+    return dict(autoencoder_channels=narrow + widths, autoencoder_crop=preset.autoencoder_crop*2**doubled)
+
 # %% ../../nbs/library/study/01_profiles.ipynb #b28011b5
 def get_profile(
     name:str="smoke", # smoke, small, quick, gpu or paper
@@ -257,7 +274,9 @@ def get_profile(
     if name not in PROFILES:
         raise HistoDiffusionError(f"Unknown profile '{name}': use one of {', '.join(PROFILES)}.")
     _check_names(overrides)
-    try: return replace(PROFILES[name], **overrides)
+    size, own = overrides.get("image_size"), {"autoencoder_channels", "autoencoder_crop", "prior"} & {*overrides}
+    fitted = sized(PROFILES[name], size) if type(size) is int and not own else {}
+    try: return replace(PROFILES[name], **fitted | overrides)
     except ValidationError as e:
         raise HistoDiffusionError(f"These settings cannot run: {'; '.join(map(_sentence, e.errors()))}.") from None
 

@@ -18,6 +18,7 @@ from .artefacts import command_of, data_warnings, stage
 from .recommend import recommendation_sentences
 from .run import Run, prior_sets
 from .steps import patient_groups
+from .tables import absent_sentences, read_absent
 from .verdict import first_sentence, gain_sentences, scope_sentence, usage_sentences
 
 # %% ../../nbs/library/study/13_report.ipynb #d202ae40
@@ -111,11 +112,13 @@ def report(run:Run, folder:Path):
     read, ratio = lambda name: read_table(run.results/f"{name}.csv"), run.settings.ratio
     checks, table = ("memorisation", "label_noise", "calibration", "gain_by_class"), read("table_1")
     groups, known = patient_groups(run)
-    usage, scope = usage_sentences(read("selection")), scope_sentence(len(set(groups)) if known else 0)
+    usage, scope = usage_sentences(read("selection")), scope_sentence(len(set(groups))*known, run.settings.folds)
     chosen = read_table(run.read("recommend")/"classifiers.csv")
     write_table(chosen, run.results/"classifiers", "Classifiers to use, the best on validation patches first.")
+    gains = gain_sentences(table, ratio) + absent_sentences(
+        read_absent([(s, r) for s, r in run.inputs("table_1") if r.done(s)]))
     parts = {
-        "Did it help, and by how much?": ([*usage, *gain_sentences(table, ratio), scope], ["selection", "table_1"]),
+        "Did it help, and by how much?": ([*usage, *gains, scope], ["selection", "table_1"]),
         "Which classifier should be used?":
             (recommendation_sentences(chosen, run.folder("recommend")/"model"), ["classifiers"]),
         "At what cost?": ([cost_sentence(read("table_3"))], ["table_3"]),

@@ -29,9 +29,9 @@ def verdict(
 SIMPLER = dict(
     standard_augmentation="standard augmentation", teacher="the teacher itself", distillation="distillation",
     self_training="self-training", retrieval="real patches of the pre-training pool", colour_mean="the mean colour",
-    colour_histogram="a colour histogram", frozen_encoder="a linear probe of the packaged encoder",
-    frozen_texture="a linear probe of its texture features",
-    finetuned_encoder="the packaged encoder, fine-tuned")  # methods without a generator
+    colour_histogram="a colour histogram", frozen_encoder="a linear probe of the encoder",
+    frozen_texture="a linear probe of texture features",
+    finetuned_encoder="the encoder, fine-tuned")  # methods without a generator
 
 def simpler_method(
     table:pd.DataFrame, # Table 1
@@ -151,8 +151,13 @@ def gain_sentences(
 # %% ../../nbs/library/study/10_verdict.ipynb #69ed7818
 def scope_sentence(
     groups:int, # patients or slides of the test patches; 0: not known
+    folds:int=0, # of cross-validation; 0: none
 ) -> str:
     "What the interval takes for granted."
+    if folds:
+        kept = "patients or slides stay together" if groups else "patients are not known, so a fold may divide one"
+        return (f"The interval is over {folds} folds ({kept}), widened because they share training patches. One prior "
+                "served all folds, so it is valid for this prior.")
     patients = (f"takes the {groups} patients or slides of the test patches as drawn at random" if groups else
                 "takes test patches as independent, because patients are not known: where a patient gave several, it "
                 "is too narrow")
