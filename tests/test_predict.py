@@ -127,3 +127,14 @@ def test_plain_timm_loads_a_classifier(tmp_path, name, channels):
     with torch.no_grad():
         assert torch.allclose(plain(x), net(x), atol=1e-5)
     assert {*load_tensors(folder / "model.safetensors")} == {*net.state_dict()}
+
+
+def test_an_onnx_file_gives_the_same_posteriors(made, tmp_path):
+    runtime = pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
+    pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
+    classifier = Classifier.load(made[0] / "model")
+    classifier.temperature = 1.7
+    session = runtime.InferenceSession(classifier.to_onnx(tmp_path / "net.onnx"))
+    x = made[1][:7].transpose(0, 3, 1, 2).astype(np.float32)
+    assert np.abs(session.run(None, {"patches": x})[0] - classifier(made[1][:7])).max() < 1e-5
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == [*PHANTOM_CLASSES]

@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'Probe', 'describe_network', 'build_network', 'Classifier', 'classifier_card']
 
 # %% ../../nbs/library/models/14_classifier.ipynb #17a3185e
-import hashlib, json
+import hashlib, json, warnings
 from pathlib import Path
 
 import numpy as np
@@ -239,6 +239,34 @@ def load(cls:Classifier,
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         raise HistoDiffusionError(f"{folder}/config.json does not describe the weights beside it "
                                   f"({type(e).__name__}): get the folder {folder} anew.") from e
+
+# %% ../../nbs/library/models/14_classifier.ipynb #3150340a
+class _Calibrated(nn.Module):
+    "Grey values 0..255 to posteriors."
+    def __init__(self, net, temperature):
+        super().__init__()
+        self.net, self.temperature = net, temperature
+
+    def forward(self, x): return (self.net(x/127.5 - 1).log_softmax(1)/self.temperature).softmax(1)
+
+@patch
+def to_onnx(self:Classifier,
+    path, # new .onnx file
+) -> Path:
+    "Write it as ONNX: (N, channels, size, size) float32 in 0..255 -> (N, K); the metadata have classes and card."
+    if self.stain != "none": raise HistoDiffusionError("The classifier normalises stain, which ONNX cannot: save it.")
+    try: import onnx, onnxscript  # noqa: F401 - torch needs the second
+    except ImportError as e:
+        raise HistoDiffusionError(f"ONNX needs the package {e.name}: pip install 'histodiffusion[onnx]'.") from e
+    x, batch = torch.zeros(2, self.channels, self.size, self.size), torch.export.Dim("batch")
+    net = _Calibrated(self.net.cpu(), self.temperature).eval()
+    with atomic_path(path) as p, warnings.catch_warnings(action="ignore"):
+        torch.onnx.export(net, (x,), p, input_names=["patches"], output_names=["posteriors"], dynamo=True,
+                          dynamic_shapes=({0: batch},), external_data=False, verbose=False)
+        model = onnx.load(p)
+        onnx.helper.set_model_props(model, dict(classes=json.dumps(self.classes), card=classifier_card(self)))
+        onnx.save(model, p)
+    return Path(path)
 
 # %% ../../nbs/library/models/14_classifier.ipynb #eb22b44c
 @patch
