@@ -223,6 +223,7 @@ def _other_patches(run):
     return {name: extra for name, extra in found.items() if extra[0] is not None}
 
 # %% ../../nbs/library/study/07_compare.ipynb #344a8088
+_LEFT_OUT = "the setting `generators` leaves them out"
 _NO_MORE = "all training labels are used, and there are no further training patches"
 
 def absent_methods(
@@ -230,7 +231,8 @@ def absent_methods(
     measured, # names of the methods that Table 1 has
 ) -> dict: # method -> why it is not there
     "Why a row of Table 1 is missing."
-    rest, found = len(read_unlabelled(run)), {n: "no candidate passed the selection" for n in _SELECTED}
+    rest, found = len(read_unlabelled(run)), dict.fromkeys(_SELECTED, "no candidate passed the selection")
+    found |= {f"{n}_selected": _LEFT_OUT for n in GENERATORS if n not in run.settings.generators}
     no_pool, no_patch = "the published prior comes without its patches", "no patch of the pool passed the selection"
     found["retrieval"] = no_pool if is_published(run.settings, "pretraining_data") else no_patch
     found |= dict.fromkeys(UPPER_BOUNDS, "no unlabelled patch passed the selection" if rest else _NO_MORE)

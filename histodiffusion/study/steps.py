@@ -706,12 +706,16 @@ def _posteriors(path, net, method, images, n):
     return dict(probabilities=p[:n], validation=p[n:])
 
 # %% ../../nbs/library/study/06_steps.ipynb #1c7948fc
-def made_from(run:Run) -> dict: # what -> text
+def made_from(
+    run:Run,
+    pool:bool=True, # whether the pre-training sets had a part in it
+) -> dict: # what -> text
     "The facts about a run's data that the card of a classifier states."
     c, labelled = run.settings, read_labelled(run)
     facts = {"labelled set": short_name(run.target), "labelled patches": len(labelled), "seed": run.seed,
              "profile": run.profile, "share of the labels": f"{c.label_fraction:.3g}"}
-    return facts | {f"licence of {name}": text for name, text in licences_of(run).items()}
+    licences = licences_of(run) if pool else {name: licences_of(run)[name] for name in [short_name(run.target)]}
+    return facts | {f"licence of {name}": text for name, text in licences.items()}
 
 def _keep(run, net, posteriors, labels, row, folder):
     "Write the network of a method as a classifier, calibrated on validation patches."
@@ -720,7 +724,7 @@ def _keep(run, net, posteriors, labels, row, folder):
                 f"{row['validation_accuracy']:.3f}"} | {f"test {k.replace('_', ' ')}": f"{row[k]:.3f}" for k in known}
     own = [m.name for m in net.modules() if isinstance(m, PretrainedNetwork)]
     terms = network_licences([*networks_of(c, ("backbone", "teacher")), *own]).items()
-    made = made_from(run) | {f"licence of the network {name}": text for name, text in terms}
+    made = made_from(run, row["added"] > 0) | {f"licence of the network {name}": text for name, text in terms}
     about = {"Measured": measured, "Made from": made}
     scale = read_json(run.read("target_data")/"manifest.json")["scale"]
     net = Classifier(net, read_labelled(run).classes, c.image_size, run.channels, c.stain, about=about, field=scale)

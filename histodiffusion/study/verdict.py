@@ -31,7 +31,7 @@ SIMPLER = dict(
     self_training="self-training", retrieval="real patches of the pre-training pool", colour_mean="the mean colour",
     colour_histogram="a colour histogram", frozen_encoder="a linear probe of the encoder",
     frozen_texture="a linear probe of texture features",
-    finetuned_encoder="the encoder, fine-tuned")  # methods without a generator
+    finetuned_encoder="the fine-tuned encoder")  # methods without a generator
 
 def simpler_method(
     table:pd.DataFrame, # Table 1
