@@ -50,7 +50,7 @@ def recommend(run:Run, folder:Path):
     write_table(table, folder/"classifiers", "All classifiers that can be used, the best on validation patches first.")
     best = table.iloc[0]
     chosen = Classifier.load(_network_of(run.with_seed(int(best.best_seed)), best.method, best.ratio))
-    means = {f"{k.replace('_', ' ')}, mean of {best.seeds} seed{'s'*(best.seeds > 1)}": f"{best[k]:.3f}" for k in
+    means = {f"{k.replace('_', ' ')}, mean of {best.seeds} seed{'s'*bool(best.seeds > 1)}": f"{best[k]:.3f}" for k in
              ("validation_accuracy", "test_accuracy", "test_macro_f1")}
     chosen.about = {"Measured over all seeds": means, **chosen.about}
     chosen.save(folder/"model")
@@ -83,7 +83,7 @@ def recommendation_sentences(
     share = f" with {best.ratio:.0%} synthetic patches" if best.ratio else ""
     lines = [f"Use `{best.method}`{share}: of {len(table)} trained classifiers it names the most validation patches, "
              f"{best.validation_accuracy:.1%}, and of the test patches {best.test_accuracy:.1%}"
-             f"{', means over seeds'*(best.seeds > 1)}."]
+             f"{', means over seeds'*bool(best.seeds > 1)}."]
     near = others[others.validation_accuracy > best.validation_accuracy - .01]
     if len(near): lines += [f"`{near.iloc[0].method}` is within one point of it on validation patches"
                             f"{f', and {len(near) - 1} further ones'*(len(near) > 1)}: another may be as good."]
