@@ -22,6 +22,7 @@ from histodiffusion.data.patches import (
     split_patches,
 )
 from histodiffusion.data.phantom import phantom_patches
+from histodiffusion.study.run import Run
 
 CLASSES = ("AC", "H", "S")
 
@@ -367,3 +368,84 @@ def test_npz_files_are_sets_with_their_splits(home, tissue, capsys):
     assert [int(n) for n in said.split("\nall")[1].split()[:3]] == [int(m.sum()) for m in parts.values()]
     np.savez(home / "a.npz", **arrays | dict(train_images=arrays["train_images"][1:]))
     assert main(command) == 2 and "train has images (15, 32, 32, 3) and labels (16,)" in capsys.readouterr().err
+
+@pytest.fixture
+def clinic(write, home):
+    "A function that writes a second folder of the same classes, by default with other patches; gives the folder."
+
+    def clinic(name="clinic", seed=50, classes=CLASSES, n=12):
+        for k, c in enumerate(classes):
+            (home / name / c).mkdir(parents=True)
+            for i, image in enumerate(phantom_patches([k] * n, seed=seed + k, size=32)):
+                Image.fromarray(image).save(home / name / c / f"{i}.png")
+        return home / name
+
+    return clinic
+
+
+def test_a_test_folder_is_all_that_is_tested(write, clinic, capsys):
+    folder, other = write(), clinic()
+    lines = [f"{c}/{i}.png,P{i % 5}" for c in CLASSES for i in range(10)]
+    (folder / "manifest.csv").write_text("\n".join(["file,patient", *lines]))
+    assert main([*show(folder), "--test", f"folder:{other}"]) == 0
+    said = capsys.readouterr().out
+    assert f"tested on {other} alone; 5 patients group 30 patches" in said
+    assert [int(n) for n in said.split("\nall")[1].split()[:3]][2] == 36
+    found = patches(f"{folder},test={other}")
+    _, splits = target_splits(found.name, found.keys, found.labels, found.groups, given=found.splits)
+    assert {i for i, f in enumerate(found.files) if f.startswith("test:")} == {*splits["test"]}
+    owners = [{found.groups[i] for i in splits[s]} for s in ("train", "validation")]
+    assert not owners[0] & owners[1] and owners[0] | owners[1] == {f"P{i}" for i in range(5)}
+    assert len(splits["train"]) == 24 and len(splits["validation"]) == 6
+
+
+def test_a_test_folder_changes_fingerprint_and_place(write, clinic):
+    folder, other = write(), clinic()
+    first = Run("smoke", f"folder:{folder}", ("phantom:kyoto:45",))
+    run = Run("smoke", f"folder:{folder},test={other}", ("phantom:kyoto:45",))
+    before = run.key("target_data")
+    assert len({first.key("target_data"), before}) == 2 and first.place != run.place
+    Image.new("RGB", (32, 32), "red").save(other / "AC" / "0.png")
+    assert Run("smoke", run.dataset, run.pretrain_sets).key("target_data") != before
+    assert Run("smoke", first.dataset, first.pretrain_sets).key("target_data") == first.key("target_data")
+    with pytest.raises(HistoDiffusionError, match="shares its images with the target"):
+        Run("smoke", run.dataset, (f"folder:{other}",))
+
+
+def test_images_of_the_test_folder_that_repeat_are_named(write, clinic, capsys):
+    folder, other = write(), clinic()
+    for c in CLASSES:
+        shutil.copy(folder / c / "0.png", other / c / "copy.png")
+    assert main([*show(folder), "--test", str(other)]) == 0
+    said = capsys.readouterr().out
+    assert "3 patients, slides or sets of copies are in more than one of the given splits" in said
+
+
+def test_a_corrupt_image_of_the_test_folder_is_named(write, clinic):
+    folder, other = write(), clinic()
+    (other / "AC" / "0.png").write_bytes(b"\x89PNG")
+    assert f"{other}/AC/0.png is corrupt" in refusal(f"{folder},test={other}")
+    assert len(patches(f"{folder},test={other}", skip_corrupt=True)) == 65
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda f, o: ["--folds", "3"], "The set names splits of its own"),
+        (lambda f, o: shutil.rmtree(o / "S"), "The class(es) S of"),
+        (lambda f, o: shutil.rmtree(f / "S"), "The class(es) S of"),
+        (lambda f, o: [shutil.rmtree(o / c) for c in CLASSES] and None, "There is no image"),
+        (lambda f, o: shutil.rmtree(o), "check the path after 'test='"),
+        (lambda f, o: ["--test", str(f)], "are the same, or one contains the other"),
+        (lambda f, o: ["--test", f"npz:{o}"], "only folders can be test sets"),
+        (lambda f, o: ["--dataset", "phantom:target"], "--test names a folder to test on for a folder"),
+    ],
+    ids=["folds", "not in test", "not in first", "empty", "gone", "same", "npz", "phantom"],
+)
+def test_a_test_folder_that_does_not_fit_is_one_sentence(write, clinic, capsys, change, why):
+    folder, other = write(), clinic()
+    command = [*show(folder), "--test", f"folder:{other}"]
+    more = change(folder, other)
+    assert main(command + (more if isinstance(more, list) else [])) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and why in said

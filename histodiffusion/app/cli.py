@@ -24,6 +24,7 @@ class RunOptions:
     profile: str = field(default_factory=lambda: load_settings().profile) # preset of scale: quick, small, gpu, paper or smoke
     dataset: str = "" # labelled set: folder:PATH with class/image, npz:PATH, phantom:LABORATORY[:N[:SEED]], or a name; default: the profile's
     labels: str = "" # table for folder:PATH (.csv with columns file and label, patient, slide or split); none: its manifest.csv
+    test: str = "" # second folder of the same classes, folder:PATH2, to test on alone; folder:PATH is then divided into training and validation
     pretrain_sets: tuple[str, ...] = () # unlabelled sets to pre-train on; none given: those that suit the target
     skip_corrupt: bool = False # name corrupt images and leave them out, instead of stopping
     allow_leakage: bool = False # go on though pre-training sets repeat test patches of the target
@@ -45,14 +46,20 @@ class RunOptions:
         preset = profiles.get_profile(self.profile).settings()
         sections = [getattr(self, name) for name in section_names()]
         values = {f.name: getattr(s, f.name) for s in sections for f in fields(s)}
-        if self.labels and not self.dataset.startswith("folder:"):
-            raise HistoDiffusionError(f"--labels names a table for a folder, and --dataset is '{self.dataset}': give "
-                                      "--dataset folder:PATH.")  # fmt: skip
-        dataset = self.dataset + f",labels={self.labels}" * bool(self.labels)
-        run = Run(self.profile, dataset, self.pretrain_sets or None, skip_corrupt=self.skip_corrupt,
+        run = Run(self.profile, self.full_dataset(), self.pretrain_sets or None, skip_corrupt=self.skip_corrupt,
                   overrides={k: v for k, v in values.items() if k in self.typed or v != preset[k]},
                   allow_leakage=self.allow_leakage, skip_leaks=self.skip_leaks)  # fmt: skip
         return run.with_seed(run.settings.seeds[0])
+
+    def full_dataset(self) -> str:
+        "The name of the labelled set, with its table and its test folder."
+        for option, what in (("labels", "a table"), ("test", "a folder to test on")):
+            if getattr(self, option) and not self.dataset.startswith("folder:"):
+                raise HistoDiffusionError(f"--{option} names {what} for a folder, and --dataset is '{self.dataset}': give "
+                                          "--dataset folder:PATH.")  # fmt: skip
+        if self.test.startswith(("npz:", "phantom:")):
+            raise HistoDiffusionError(f"--test is '{self.test}', and only folders can be test sets: give folder:PATH.")
+        return self.dataset + f",labels={self.labels}" * bool(self.labels) + f",test={self.test}" * bool(self.test)
 
 
 def section_names() -> list[str]:

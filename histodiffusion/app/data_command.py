@@ -50,9 +50,11 @@ def show(options) -> None:
 
 def grouping(target, patches, run) -> str:
     "What the splits of a labelled set keep together."
-    from histodiffusion.data.patches import dataset_layout
+    from histodiffusion.data.patches import dataset_layout, folder_parts
 
     given = "splits as the set gives them" if patches.splits else "splits made here, 60, 10 and 30 %"
+    if target.startswith("folder:") and (test := folder_parts(target).test):
+        given = f"tested on {test} alone"
     if folds := run.settings.folds:
         given = f"{folds} folds, each patch tested once; shown is fold {run.seed % folds}"
     if not patches.groups:

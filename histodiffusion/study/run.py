@@ -19,7 +19,7 @@ from ..core import (
 from ..data.catalogue import REGISTRY, dataset_info
 from ..data.encoder_catalogue import known_encoder
 from ..data.patches import (
-    dataset_channels, dataset_fingerprint, folder_and_table, parse_phantom, short_name)
+    dataset_channels, dataset_fingerprint, folder_name, folder_parts, parse_phantom, short_name)
 from ..data.pool import default_pretraining
 from .prior import is_published, published_prior, settings_of_prior
 from .profiles import MOST, PROFILES, get_profile
@@ -61,9 +61,7 @@ def full_name(
             raise HistoDiffusionError(f"'{dataset[:60]}' has more patches than fit in memory: use 1000000 or fewer.")
     elif dataset in ("folder:", "npz:"):
         raise HistoDiffusionError(f"There is no path after '{dataset}': give {dataset}PATH.")
-    elif dataset.startswith("folder:"):
-        folder, table = folder_and_table(dataset)
-        return f"folder:{folder}" + (f",labels={table}" if table else "")
+    elif dataset.startswith("folder:"): return folder_name(folder_parts(dataset))
     elif dataset.startswith("npz:"): return f"npz:{as_path(dataset[4:])}"
     else: dataset_info(dataset)  # refuses an unknown name
     return dataset
@@ -152,8 +150,11 @@ def share_images(
     b:str, # of another
 ) -> bool:
     "Whether two sets are of the same collection, the same phantom laboratory, or the same folder."
-    def source(s): return f"phantom:{parse_phantom(s)[0]}" if s.startswith("phantom:") else s.partition(",labels=")[0]
-    return len({REGISTRY[s].source if s in REGISTRY else source(s) for s in (a, b)}) == 1
+    def sources(s):
+        if s in REGISTRY: return {REGISTRY[s].source}
+        if s.startswith("phantom:"): return {f"phantom:{parse_phantom(s)[0]}"}
+        return {folder_parts(s).folder, folder_parts(s).test} - {None} if s.startswith("folder:") else {s}
+    return bool(sources(a) & sources(b))
 
 # %% ../../nbs/library/study/04_run.ipynb #02b7145d
 def _check_labels_of(run):
