@@ -267,6 +267,39 @@ def test_patients_of_the_command_line(slide, tmp_path, capsys):
     assert main([*command, "--patient", "("]) == 2 and "no regular expression" in capsys.readouterr().err
 
 
+def test_folders_of_slides_are_classes_when_asked(mosaic, tmp_path, monkeypatch, capsys):
+    from histodiffusion.app.cli import main
+
+    for name in ("data_home", "results_path"):
+        monkeypatch.setenv(f"HISTODIFFUSION_{name.upper()}", str(tmp_path / "own" / name))
+    for i in range(6):
+        path = tmp_path / "slides" / ("TUMOUR", "STROMA")[i % 2] / f"P{i}" / "HE.tif"
+        path.parent.mkdir(parents=True)
+        write_slide(path, np.roll(mosaic, 40 * i, 0))
+    command = ["tile", str(tmp_path / "slides"), "--size", str(SIZE), "--patient", r"/(P\d)/", "--out"]
+    assert main([*command, str(tmp_path / "plain")]) == 0
+    assert "slides are in 2 folders, such as STROMA: --label-from folder" in capsys.readouterr().out
+    assert load_layout(tmp_path / "plain") == ((), {f"P{i}" for i in range(6)})
+    assert main([*command, str(tmp_path / "out"), "--label-from", "folder"]) == 0
+    assert "classes: STROMA 48, TUMOUR 48; as labelled set" in capsys.readouterr().out
+    patches = load_patches(f"folder:{tmp_path / 'out'}", size=32)
+    assert patches.counts() == dict(STROMA=48, TUMOUR=48)
+    assert {(g, patches.classes[k]) for g, k in zip(patches.groups, patches.labels)} == {
+        (f"P{i}", ("TUMOUR", "STROMA")[i % 2]) for i in range(6)
+    }
+    assert main([*command, str(tmp_path / "plain"), "--label-from", "folder"]) == 2
+    assert "was tiled with label_from none, not folder" in capsys.readouterr().err
+    (tmp_path / "slides" / "TUMOUR" / "P0").rename(tmp_path / "slides" / "STROMA" / "P0")
+    assert main([*command, str(tmp_path / "out"), "--label-from", "folder"]) == 2
+    assert "had another patient or class: delete that folder" in capsys.readouterr().err
+
+
+def test_slides_without_folders_have_no_class(slide, tmp_path):
+    with pytest.raises(HistoDiffusionError, match="is in a folder that names its class: arrange them as class/slide"):
+        tile_slides(slide.parent, tmp_path / "out", size=SIZE, label_from="folder")
+    assert not (tmp_path / "out").exists()
+
+
 def load_layout(folder):
     found = read_layout(folder)
     return found.classes, {*found.groups}

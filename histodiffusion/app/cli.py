@@ -199,7 +199,8 @@ class Tile:
     mpp_of_file: float | None = None # μm/px of the files, where they do not state it, 0.05 to 20
     max_patches: int | None = None # most patches per slide, drawn at random, > 0
     seed: int = 0 # of that draw, >= 0
-    patient: str | None = None # regular expression that finds the patient in a slide's name; none: TCGA's barcodes
+    patient: str | None = None # regular expression that finds the patient in a slide's name, or in its path below the folder; none: TCGA's barcodes
+    label_from: Literal["none", "folder"] = "none" # folder: slides lie in slides/CLASS/..., and the patches are labelled
     any_colour: bool = False # blue and green are tissue too, for trichrome or Alcian blue; and so is ink
     images: bool = False # ordinary images beside slides too, such as masks and thumbnails
     skip_corrupt: bool = False # name slides that cannot be read and go on
@@ -209,8 +210,13 @@ class Tile:
 
         options = {f.name: getattr(self, f.name) for f in fields(self)}
         options |= dict(source=as_path(self.source), out=as_path(self.out))
+        if self.patient is None: # then the default of the tiling, not 'unknown'
+            options.pop("patient")
         manifest = tile_slides(options.pop("source"), options.pop("out"), **options)
         print(f"{len(manifest)} patches of {manifest.slide.nunique()} slide(s) in {self.out}")
+        if "label" in manifest:
+            counts = ", ".join(f"{c or 'no class'} {n}" for c, n in manifest.label.value_counts().sort_index().items())
+            print(f"classes: {counts}; as labelled set: --dataset folder:{self.out}")
         print(f"to pre-train on them: --pretrain-sets folder:{self.out}")
         return 0
 

@@ -191,11 +191,13 @@ def _apply_table(layout, path, table):
     "Set labels, splits and groups of a layout from the table at a path."
     row = _partners(path, table, layout.names, {n for n, c in zip(layout.names, layout.labels) if c})
     values = lambda column: [table[column][r] if r >= 0 else "" for r in row]
+    tiled = TILING <= {*table.attrs["columns"]}
+    as_tiled = tiled and all(r >= 0 and table.file[r] == n for n, r in zip(layout.names, row))
     if "label" in table:
-        if len(layout.classes) > 1: layout.notes.append(f"classes are those of {path.name}, not those of the folders")
+        if len(layout.classes) > 1 and not as_tiled: layout.notes.append(f"classes are those of {path.name}, not those of the folders")
         layout.labels = ["" if c.lower() in NO_CLASS else c for c in values("label")]
         if n := layout.labels.count(""): layout.notes.append(f"{n} of {len(row)} images have no label in {path.name}")
-    elif TILING <= {*table.attrs["columns"]}:  # where the tiler wrote a patch, its folder is the slide, not a class
+    elif tiled:  # where the tiler wrote a patch, its folder is the slide, not a class
         layout.labels = ["" if r >= 0 and table.file[r] == n else c
                          for n, c, r in zip(layout.names, layout.labels, row)]
     if "split" in table:

@@ -12,6 +12,7 @@ import contextlib, glob, math, re, shutil
 from collections import Counter, namedtuple
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,8 @@ from scipy import ndimage
 from ..core import (
     HistoDiffusionError, as_path, atomic_path, derive_seed, load_settings, progress, read_json, write_json, write_text)
 from .images import (
-    IMAGE_SUFFIXES, as_8_bits, check_regular, one_page, open_image, walk_folder)
+    IMAGE_SUFFIXES, as_8_bits, check_regular, one_page, open_image, path_text, walk_folder)
+from .layout import _from_folders
 
 # %% ../../nbs/library/data/16_slides.ipynb #b7feb870
 def otsu_threshold(
@@ -188,7 +190,8 @@ class Tiling:
     max_patches:int|None = Field(None, gt=0) # most patches per slide, drawn at random; None: all
     seed:int = Field(0, ge=0) # of that draw
     any_colour:bool = False # blue and green are tissue too, for trichrome or Alcian blue; and so is ink
-    patient:str|None = TCGA_PATIENT # regular expression that finds the patient in a slide's name; None: unknown
+    patient:str|None = TCGA_PATIENT # regular expression that finds the patient in a slide's name or path; None: unknown
+    label_from:Literal["none", "folder"] = "none" # 'folder': the top folder of a slide is the class of its patches
 
     def __post_init__(self):
         if self.overlap >= self.size: raise ValueError(f"overlap is {self.overlap}: give less than size")
@@ -285,11 +288,28 @@ def _patient(name, pattern):
     found = re.search(pattern, name) if pattern else None
     return (found.group(1 if found.re.groups else 0) or "") if found else ""
 
-def _tile_one(path, out, name, tiling, desc):
-    "Cut one slide into `out/<name>`, whole or not at all."
-    slide, rows = open_slide(path, tiling.mpp_of_file), []
+def _origins(source, files, names, tiling):
+    "Slide, patient and, where they are asked for, class and split of each file."
+    below = [path_text(p.relative_to(source)) if p != source else p.name for p in files]
+    of = lambda name, place: _patient(name, tiling.patient) or _patient(place, tiling.patient)
+    origins = [dict(slide=n, patient=of(n, b)) for n, b in zip(names, below)]
+    tops = sorted({b.split("/")[0] for b in below if "/" in b})
+    if tiling.label_from == "none":
+        if len(tops) > 1:
+            print(f"slides are in {len(tops)} folders, such as {tops[0]}: --label-from folder takes these as classes")
+        return origins
+    labels, splits = _from_folders(below)
+    if not any(labels):
+        raise HistoDiffusionError(f"No slide of {source} is in a folder that names its class: arrange them as "
+                                  "class/slide, or leave out --label-from.")
+    given = [dict(split=s) if any(splits) else {} for s in splits]
+    return [o | dict(label=c) | s for o, c, s in zip(origins, labels, given)]
+
+# %% ../../nbs/library/data/16_slides.ipynb #a79654eb
+def _tile_one(path, out, origin, tiling, desc):
+    "Cut one slide into `out/<its name>`, whole or not at all."
+    slide, rows, name = open_slide(path, tiling.mpp_of_file), [], origin["slide"]
     corners, shares = choose_tiles(slide, tiling)
-    origin = dict(slide=name, patient=_patient(name, tiling.patient))
     scale = dict(level=_level(slide, tiling.mpp/slide.mpp), mpp=tiling.mpp, size=tiling.size)
     for left in out.glob(f".{glob.escape(name)}.*"): shutil.rmtree(left, ignore_errors=True)  # by a killed attempt
     with atomic_path(out/name) as folder, contextlib.closing(slide.reader):
@@ -311,18 +331,22 @@ def _claim(out, settings):
     foreign = [f for f in found if f.name not in ("tiling.json", "manifest.csv") and not (f/"slide.json").is_file()]
     if foreign or found and not mark.is_file():
         raise HistoDiffusionError(f"{out} contains {(foreign or found)[0].name}, not of a tiling: give a new folder.")
-    before = read_json(mark) if found else settings
+    before = asdict(Tiling()) | read_json(mark) if found else settings
     for k, v in settings.items():
         if before.get(k) != v: raise HistoDiffusionError(f"{out} was tiled with {k} {before.get(k)}, not {v}: {_OTHER}")
     if not found: write_json(mark, settings)
 
 # %% ../../nbs/library/data/16_slides.ipynb #299f0aaf
-def _is_done(path, out, name):
-    "Whether a slide has been tiled; another slide with its name is refused."
-    record = out/name/"slide.json"
-    if record.is_file() and read_json(record)["bytes"] != path.stat().st_size:
+def _is_done(path, out, origin):
+    "Whether a slide has been tiled; another slide with its name, or another class of it, is refused."
+    record = out/origin["slide"]/"slide.json"
+    made = read_json(record) if record.is_file() else None
+    if made and made["bytes"] != path.stat().st_size:
         raise HistoDiffusionError(f"{record.parent} was made from another {path.name}: {_OTHER}")
-    return record.is_file()
+    if made and any({k: row.get(k) for k in origin} != origin for row in made["rows"][:1]):
+        raise HistoDiffusionError(f"{record.parent} was made when {path.name} had another patient or class: delete "
+                                  "that folder, and it is tiled again.")
+    return made is not None
 
 def _refuse_renamed(out, files, names):
     "Refuse to tile a slide again under another name, as happens when a slide of the same name is added."
@@ -374,12 +398,14 @@ def tile_slides(
     _openslide()
     files, left = list_slides(source, out, images)
     _say_left(left)
-    _claim(out, asdict(tiling))
     names, skipped = slide_names(files), []
+    origins = _origins(as_path(source), files, names, tiling)
+    _claim(out, asdict(tiling))
     _refuse_renamed(out, files, names)
     try:
-        for i, (path, name) in enumerate(zip(files, names), 1):
-            try: _is_done(path, out, name) or _tile_one(path, out, name, tiling, f"{name} ({i} of {len(files)})")
+        for i, (path, origin) in enumerate(zip(files, origins), 1):
+            desc = f"{origin['slide']} ({i} of {len(files)})"
+            try: _is_done(path, out, origin) or _tile_one(path, out, origin, tiling, desc)
             except HistoDiffusionError as e:
                 if not skip_corrupt: raise
                 skipped.append(path)
