@@ -179,6 +179,23 @@ def slides():
     return {"in/a.tif": tiled, "in/b.ome.tif": ome, "in/c.png": _encoded(Image.fromarray(tissue), "PNG")}, read
 
 
+def annotations():
+    "GeoJSON of QuPath."
+    from histodiffusion.data.annotations import draw_areas, read_annotations
+
+    ring = [[0, 0], [400, 0.5], [400, 300], [0, 300], [0, 0]]
+    kind = dict(objectType="annotation", classification=dict(name="Tumor", color=[200, 0, 0]))
+    shapes = dict(Polygon=[ring, [[9, 9], [50, 9], [50, 50]]], MultiPolygon=[[ring], [ring]], Point=[1, 2])
+    features = [dict(type="Feature", geometry=dict(type=k, coordinates=c), properties=kind) for k, c in shapes.items()]
+    whole = dict(type="FeatureCollection", features=features)
+
+    def read(path):
+        for polygons in read_annotations(path).areas.values():
+            draw_areas(polygons, (100, 100), 8.0)
+
+    return {"a.geojson": json.dumps(whole).encode(), "b.geojson": json.dumps(features, indent=1).encode()}, read
+
+
 def written():
     "Files that the library wrote: JSON, tables, tensors, packed sets, settings."
     from histodiffusion.core import load_settings, load_tensors, read_json, read_table, save_tensors
@@ -212,7 +229,10 @@ def written():
     return good, read
 
 
-READERS = dict(images=images, tables=tables, arrays=arrays, archives=archives, slides=slides, written=written)
+READERS = dict(
+    images=images, tables=tables, arrays=arrays, archives=archives, slides=slides, annotations=annotations,
+    written=written,
+)  # fmt: skip
 
 
 def attempt(make, seed, folder):

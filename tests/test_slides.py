@@ -1,5 +1,6 @@
 """Slides as scanners write them: how many tiles, where, with which pixels; resuming; damaged files."""
 
+import json
 import os
 import shutil
 
@@ -298,6 +299,87 @@ def test_slides_without_folders_have_no_class(slide, tmp_path):
     with pytest.raises(HistoDiffusionError, match="is in a folder that names its class: arrange them as class/slide"):
         tile_slides(slide.parent, tmp_path / "out", size=SIZE, label_from="folder")
     assert not (tmp_path / "out").exists()
+
+
+def square(name, x, y, side=128, hole=None, **properties):
+    "A square of the mosaic as QuPath exports it."
+    box = lambda x, y, w: [[x, y], [x + w, y], [x + w, y + w], [x, y + w], [x, y]]  # noqa: E731
+    rings = [box(x * 128, y * 128, side), *([box(*hole)] if hole else [])]
+    kind = dict(objectType="annotation", classification=dict(name=name, color=[1, 2, 3]), isLocked=True)
+    geometry = dict(type="Polygon", coordinates=rings)
+    return dict(type="Feature", id="x", geometry=geometry, properties=kind | properties)
+
+
+def draw(path, *features):
+    path.write_text(json.dumps(dict(type="FeatureCollection", features=features)))
+    return path
+
+
+def test_annotations_are_the_labels_of_patches(slide, tmp_path, monkeypatch):
+    for name in ("data_home", "results_path"):
+        monkeypatch.setenv(f"HISTODIFFUSION_{name.upper()}", str(tmp_path / "own" / name))
+    known = np.random.default_rng(0).choice(["", "Stroma", "Tumour", "Mucus"], (4, 4), p=[0.4, 0.2, 0.2, 0.2])
+    drawn = [square(c, x, y) for (y, x), c in np.ndenumerate(known) if c]
+    file = draw(tmp_path / f"{slide.stem}.geojson", *drawn)
+    for size, mpp in ((SIZE, 0.5), (SIZE, 0.25), (32, 0.5)):
+        out = tmp_path / f"{size} {mpp}"
+        manifest = tile_slides(slide.parent, out, size=size, mpp=mpp, tissue=0.3, annotations=tmp_path)
+        per = (128 * 0.25 / mpp / size) ** 2
+        assert len(manifest) == per * (known != "").sum() and len({*known.ravel()}) == 4
+        assert all(row.label == known[row.y // 128, row.x // 128] for row in manifest.itertuples())
+        found = load_patches(f"folder:{out}", size=32)
+        assert found.classes == ("Mucus", "Stroma", "Tumour") and {*found.groups} == {"TCGA-AB-1234"}
+    file.write_text(file.read_text().replace("Mucus", "Fat"))
+    with pytest.raises(HistoDiffusionError, match="was made with other annotations than"):
+        tile_slides(slide.parent, out, size=32, mpp=0.5, tissue=0.3, annotations=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("features", "coverage", "labels"),
+    [
+        ([square("T", 0, 0, 100)], 0.5, ["T"]),  # (100/128)² = .61
+        ([square("T", 0, 0, 100)], 0.7, []),
+        ([square("T", 0, 0, hole=(10, 10, 100))], 0.5, []),
+        ([square("T", 0, 0, hole=(10, 10, 60))], 0.5, ["T"]),
+        ([square("T", 0, 0), square("S", 0, 0, 100)], 0.5, ["T"]),
+        ([square("T", 0, 0), square("S", 0, 0)], 0.5, []),
+        ([square("T", 0, 0, 64), square("T", 0.5, 0, 64), square("S", 0, 0.5, 63)], 0.5, ["T"]),
+        ([square(None, 0, 0), square("T", 1, 1), square("Ignore*", 0, 0)], 0.5, ["T"]),
+        ([square("T", 0, 0, objectType="detection"), square("T", 1, 1)], 0.5, ["T"]),
+        ([square("T", -1, -1, 256 + 32), square("T", 400, 0)], 0.5, ["T"]),
+    ],
+)
+def test_coverage_holes_and_overlaps_of_annotations(slide, tmp_path, features, coverage, labels):
+    file = draw(tmp_path / "any.geojson", *features)
+    options = dict(size=SIZE, mpp=0.5, tissue=0.3, annotations=file, coverage=coverage)
+    if labels:
+        assert tile_slides(slide, tmp_path / "out", **options).label.tolist() == labels
+    else:
+        with pytest.raises(HistoDiffusionError, match="annotations over .* of it: lower --tissue or --coverage"):
+            tile_slides(slide, tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
+
+
+def test_what_annotations_leave_out_is_said(slide, tmp_path, capsys):
+    from histodiffusion.app.cli import main
+
+    shutil.copy(slide, slide.with_name("case7.tif"))
+    (tmp_path / "all").mkdir()
+    drawn = square("T", 0, 0), square(None, 1, 1), square("S", 2, 2), square("T", 2, 2)
+    draw(tmp_path / "all" / f"{slide.name}.geojson", *drawn)
+    draw(tmp_path / "all" / "other.geojson")
+    command = ["tile", str(slide.parent), "--size", str(SIZE), "--annotations", str(tmp_path / "all"), "--out"]
+    assert main([*command, str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    for sentence in ("1 slide(s) without annotations are left out, such as case7.tif", "left out 1 without a class",
+                     "1 tiles are covered by two classes alike", "1 file(s) of annotations have no slide",
+                     "classes: T 1; as labelled set"):  # fmt: skip
+        assert sentence in said
+    assert main([*command, str(tmp_path / "no"), "--label-from", "folder"]) == 2
+    (tmp_path / "all" / f"{slide.name}.geojson").write_text("{")
+    assert main([*command, str(tmp_path / "broken")]) == 2
+    said = capsys.readouterr().err
+    assert "is no readable GeoJSON" in said and not (tmp_path / "broken").exists()
 
 
 def load_layout(folder):

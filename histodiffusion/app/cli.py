@@ -201,6 +201,8 @@ class Tile:
     seed: int = 0 # of that draw, >= 0
     patient: str | None = None # regular expression that finds the patient in a slide's name, or in its path below the folder; none: TCGA's barcodes
     label_from: Literal["none", "folder"] = "none" # folder: slides lie in slides/CLASS/..., and the patches are labelled
+    annotations: str | None = None # GeoJSON of QuPath, a file or a folder with one for each slide: patches of annotated areas, labelled
+    coverage: float = 0.5 # least share of a patch that annotations of its class cover, above 0, to 1
     any_colour: bool = False # blue and green are tissue too, for trichrome or Alcian blue; and so is ink
     images: bool = False # ordinary images beside slides too, such as masks and thumbnails
     skip_corrupt: bool = False # name slides that cannot be read and go on
@@ -210,6 +212,8 @@ class Tile:
 
         options = {f.name: getattr(self, f.name) for f in fields(self)}
         options |= dict(source=as_path(self.source), out=as_path(self.out))
+        if self.annotations:
+            options |= dict(annotations=as_path(self.annotations))
         if self.patient is None: # then the default of the tiling, not 'unknown'
             options.pop("patient")
         manifest = tile_slides(options.pop("source"), options.pop("out"), **options)

@@ -194,7 +194,8 @@ def _apply_table(layout, path, table):
     tiled = TILING <= {*table.attrs["columns"]}
     as_tiled = tiled and all(r >= 0 and table.file[r] == n for n, r in zip(layout.names, row))
     if "label" in table:
-        if len(layout.classes) > 1 and not as_tiled: layout.notes.append(f"classes are those of {path.name}, not those of the folders")
+        if len(layout.classes) > 1 and not as_tiled:
+            layout.notes.append(f"classes are those of {path.name}, not those of the folders")
         layout.labels = ["" if c.lower() in NO_CLASS else c for c in values("label")]
         if n := layout.labels.count(""): layout.notes.append(f"{n} of {len(row)} images have no label in {path.name}")
     elif tiled:  # where the tiler wrote a patch, its folder is the slide, not a class

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['Slide', 'TCGA_PATIENT', 'SLIDE_SUFFIXES', 'otsu_threshold', 'tissue_mask', 'open_slide', 'read_patch',
-           'slide_overview', 'tile_grid', 'Tiling', 'choose_tiles', 'is_slide', 'list_slides', 'slide_names',
-           'check_tiling', 'tile_slides']
+           'slide_overview', 'tile_grid', 'Tiling', 'choose_tiles', 'choose_labelled_tiles', 'is_slide', 'list_slides',
+           'slide_names', 'match_annotations', 'check_tiling', 'tile_slides']
 
 # %% ../../nbs/library/data/16_slides.ipynb #435842e8
 import contextlib, glob, math, re, shutil
 from collections import Counter, namedtuple
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,11 +21,13 @@ from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 from scipy import ndimage
 
-from ..core import (
-    HistoDiffusionError, as_path, atomic_path, derive_seed, load_settings, progress, read_json, write_json, write_text)
+from histodiffusion.core import (
+    HistoDiffusionError, as_path, atomic_path, derive_seed, hash_once, load_settings, progress, read_json, write_json,
+    write_text)
 from .images import (
     IMAGE_SUFFIXES, as_8_bits, check_regular, one_page, open_image, path_text, walk_folder)
 from .layout import _from_folders
+from .annotations import draw_areas, read_annotations
 
 # %% ../../nbs/library/data/16_slides.ipynb #b7feb870
 def otsu_threshold(
@@ -191,7 +193,8 @@ class Tiling:
     seed:int = Field(0, ge=0) # of that draw
     any_colour:bool = False # blue and green are tissue too, for trichrome or Alcian blue; and so is ink
     patient:str|None = TCGA_PATIENT # regular expression that finds the patient in a slide's name or path; None: unknown
-    label_from:Literal["none", "folder"] = "none" # 'folder': the top folder of a slide is the class of its patches
+    label_from:Literal["none", "folder", "annotations"] = "none" # of patches: their slide's top folder, or annotations
+    coverage:float = Field(.5, gt=0, le=1) # least share of a patch that annotations of its class cover
 
     def __post_init__(self):
         if self.overlap >= self.size: raise ValueError(f"overlap is {self.overlap}: give less than size")
@@ -205,8 +208,8 @@ def _tissue_shares(mask, corners, side, factor):
     end = np.clip(np.rint((corners + side)/factor).astype(int), start + 1, mask.shape[::-1])
     return np.array([mask[y:bottom, x:right].mean() for (x, y), (right, bottom) in zip(start, end)])
 
-def choose_tiles(slide:Slide, tiling:Tiling) -> tuple: # (N, 2) corners in level-0 px, and (N,) shares of tissue
-    "The tiles of a slide that have enough tissue."
+def _tissue_tiles(slide, tiling):
+    "Corners and shares of all tiles with enough tissue; shape of the overview, and level-0 px per pixel of it."
     (w, h), mpp, size = slide.size, tiling.mpp, tiling.size
     found = f"{slide.path} has {w} x {h} px at {slide.mpp:.4g} μm/px"
     if mpp < .95*slide.mpp:
@@ -216,11 +219,52 @@ def choose_tiles(slide:Slide, tiling:Tiling) -> tuple: # (N, 2) corners in level
         raise HistoDiffusionError(f"{found}, smaller than one tile of {size} px at {mpp:.4g}: lower size or mpp.")
     small, factor = slide_overview(slide, min(8., size*mpp/32))
     share = _tissue_shares(tissue_mask(small, tiling.any_colour), corners, size*mpp/slide.mpp, factor)
-    keep = np.flatnonzero(share >= tiling.tissue)
-    if tiling.max_patches and len(keep) > tiling.max_patches:
-        rng = np.random.default_rng(derive_seed("tiles", slide.path.stem, tiling.seed))
-        keep = np.sort(rng.choice(keep, tiling.max_patches, replace=False))
+    keep = share >= tiling.tissue
+    return corners[keep], share[keep], small.shape[:2], factor
+
+def _some(keep, slide, tiling):
+    "Of tiles that may be kept, `max_patches` at random; indices in order."
+    if not tiling.max_patches or len(keep) <= tiling.max_patches: return keep
+    rng = np.random.default_rng(derive_seed("tiles", slide.path.stem, tiling.seed))
+    return np.sort(rng.choice(keep, tiling.max_patches, replace=False))
+
+def choose_tiles(slide:Slide, tiling:Tiling) -> tuple: # (N, 2) corners in level-0 px, and (N,) shares of tissue
+    "The tiles of a slide that have enough tissue."
+    corners, share, *_ = _tissue_tiles(slide, tiling)
+    keep = _some(np.arange(len(corners)), slide, tiling)
     return corners[keep], share[keep]
+
+# %% ../../nbs/library/data/16_slides.ipynb #a14e91b5
+def _shifted(areas, slide):
+    "Areas from QuPath's origin to that of the slide."
+    start = np.array([float(slide.reader.properties.get(f"openslide.bounds-{a}", 0)) for a in "xy"])
+    return {name: [[ring + start for ring in rings] for rings in polygons] for name, polygons in areas.items()}
+
+def _best_class(shares, coverage):
+    "Row of the greatest of (K, N) shares of each tile; -1 where it is below `coverage`, -2 where two are equal."
+    top = np.sort(np.vstack([shares, np.zeros_like(shares[:1])]), 0)
+    best = np.where(top[-1] - top[-2] > 1e-9, shares.argmax(0), -2)
+    return np.where(top[-1] >= coverage, best, -1)
+
+# %% ../../nbs/library/data/16_slides.ipynb #ce673948
+def choose_labelled_tiles(
+    slide:Slide,
+    tiling:Tiling,
+    annotations, # .geojson file of the slide
+) -> tuple: # (N, 2) corners in level-0 px, (N,) shares of tissue, (N,) classes
+    "The tiles of a slide that have enough tissue and one class; prints what was left out."
+    found, side = read_annotations(annotations), tiling.size*tiling.mpp/slide.mpp
+    left = [f"{n} {why}" for why, n in found.left.items()]
+    if left: print(f"{Path(annotations).name}: left out {', '.join(left)}")
+    corners, share, shape, factor = _tissue_tiles(slide, tiling)
+    names, areas = sorted(found.areas), _shifted(found.areas, slide)
+    covered = [_tissue_shares(draw_areas(areas[n], shape, factor), corners, side, factor) for n in names]
+    if not names or not len(corners): return corners[:0], share[:0], []
+    best = _best_class(np.stack(covered), tiling.coverage)
+    twice = (best == -2).sum()
+    if twice: print(f"{Path(annotations).name}: {twice} tiles are covered by two classes alike and left out")
+    keep = _some(np.flatnonzero(best >= 0), slide, tiling)
+    return corners[keep], share[keep], [names[k] for k in best[keep]]
 
 # %% ../../nbs/library/data/16_slides.ipynb #52cdacb0
 SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".tif", ".tiff")
@@ -282,6 +326,47 @@ def slide_names(
         names = [name(p, depth) if count[n] > 1 else n for p, n in zip(paths, names)]
     return names
 
+# %% ../../nbs/library/data/16_slides.ipynb #de2f0d5e
+def match_annotations(
+    path, # .geojson file, or a folder with such files at any depth
+    files, # slides
+    names, # name of each, of `slide_names`
+    source, # slide or folder that was given
+) -> dict: # slide -> file of its annotations
+    "The annotations of each slide; slides without any, and files without a slide, are named."
+    path = as_path(path)
+    if not path.exists():
+        raise HistoDiffusionError(f"There is no file or folder of annotations {path}: check the path.")
+    if path.is_file() and len(files) == 1: return {files[0]: path}
+    found = [p for p in (_files_below(path, None) if path.is_dir() else [path]) if p.suffix.lower() == ".geojson"]
+    pairs = {f: _annotations_of(f, n, found, path, source) for f, n in zip(files, names)}
+    alone, unused = [f for f, p in pairs.items() if p is None], {*found} - {*pairs.values()}
+    if len(alone) == len(files):
+        raise HistoDiffusionError(f"{path} has no .geojson file that is named after a slide of {source}, such as "
+                                  f"{files[0].stem}.geojson: rename them.")
+    if alone: print(f"{len(alone)} slide(s) without annotations are left out, such as {alone[0].name}")
+    if unused: print(f"{len(unused)} file(s) of annotations have no slide, such as {min(unused).name}")
+    return {f: p for f, p in pairs.items() if p}
+
+# %% ../../nbs/library/data/16_slides.ipynb #68c9cc1d
+def _annotations_of(file, name, found, path, source):
+    "The one file of annotations of a slide; None where there is none."
+    mine = [p for p in found if p.stem in (name, file.name, file.stem)]
+    place = lambda p, top: p.parent.relative_to(top) if top in p.parents else None
+    if name not in (file.stem, file.name.replace(".", "_")):  # slides of one name are told apart by their folders
+        mine = [p for p in mine if p.stem == name or place(p, path) == place(file, source)]
+    if len(mine) < 2: return mine[0] if mine else None
+    raise HistoDiffusionError(f"{mine[0]} and {mine[1]} are both named after the slide {file}: leave one.")
+
+def _with_annotations(tiling, annotations):
+    "Settings of a tiling whose classes come from annotations, where these are given."
+    if annotations and tiling.label_from == "folder":
+        raise HistoDiffusionError("Classes come from annotations or from folders: leave --annotations or --label-from "
+                                  "out.")
+    if not annotations and tiling.label_from == "annotations":
+        raise HistoDiffusionError("Classes shall come from annotations, and none are given: name their file or folder.")
+    return replace(tiling, label_from="annotations") if annotations else tiling
+
 # %% ../../nbs/library/data/16_slides.ipynb #8ad84ac4
 def _patient(name, pattern):
     "The patient in a slide's name: the pattern's first group or all that it matches; '' where it matches nothing."
@@ -294,8 +379,8 @@ def _origins(source, files, names, tiling):
     of = lambda name, place: _patient(name, tiling.patient) or _patient(place, tiling.patient)
     origins = [dict(slide=n, patient=of(n, b)) for n, b in zip(names, below)]
     tops = sorted({b.split("/")[0] for b in below if "/" in b})
-    if tiling.label_from == "none":
-        if len(tops) > 1:
+    if tiling.label_from != "folder":
+        if len(tops) > 1 and tiling.label_from == "none":
             print(f"slides are in {len(tops)} folders, such as {tops[0]}: --label-from folder takes these as classes")
         return origins
     labels, splits = _from_folders(below)
@@ -306,20 +391,23 @@ def _origins(source, files, names, tiling):
     return [o | dict(label=c) | s for o, c, s in zip(origins, labels, given)]
 
 # %% ../../nbs/library/data/16_slides.ipynb #a79654eb
-def _tile_one(path, out, origin, tiling, desc):
+def _tile_one(path, out, origin, tiling, desc, drawn=None):
     "Cut one slide into `out/<its name>`, whole or not at all."
     slide, rows, name = open_slide(path, tiling.mpp_of_file), [], origin["slide"]
-    corners, shares = choose_tiles(slide, tiling)
+    if drawn is None: (corners, shares), labels = choose_tiles(slide, tiling), None
+    else: corners, shares, labels = choose_labelled_tiles(slide, tiling, drawn)
     scale = dict(level=_level(slide, tiling.mpp/slide.mpp), mpp=tiling.mpp, size=tiling.size)
     for left in out.glob(f".{glob.escape(name)}.*"): shutil.rmtree(left, ignore_errors=True)  # by a killed attempt
     with atomic_path(out/name) as folder, contextlib.closing(slide.reader):
         folder.mkdir()
-        for (x, y), share in zip(progress(corners.tolist(), desc=desc, unit="patch"), shares):
+        for i, (x, y) in enumerate(progress(corners.tolist(), desc=desc, unit="patch")):
             file = f"{name}_x{x}_y{y}.png"
             Image.fromarray(read_patch(slide, x, y, tiling.mpp, tiling.size)).save(folder/file)
-            rows.append(origin | dict(x=x, y=y) | scale | dict(tissue=round(float(share), 4), file=f"{name}/{file}"))
+            of = origin if labels is None else origin | dict(label=labels[i])
+            rows.append(of | dict(x=x, y=y) | scale | dict(tissue=round(float(shares[i]), 4), file=f"{name}/{file}"))
         write_json(folder/"slide.json", dict(source=path.name, bytes=path.stat().st_size, mpp=slide.mpp,
-                                             width=slide.size[0], height=slide.size[1], rows=rows))
+                                             width=slide.size[0], height=slide.size[1], rows=rows,
+                                             annotations=drawn and hash_once(drawn)))
 
 # %% ../../nbs/library/data/16_slides.ipynb #c9e118de
 _OTHER = "give another folder, or delete it."
@@ -337,8 +425,8 @@ def _claim(out, settings):
     if not found: write_json(mark, settings)
 
 # %% ../../nbs/library/data/16_slides.ipynb #299f0aaf
-def _is_done(path, out, origin):
-    "Whether a slide has been tiled; another slide with its name, or another class of it, is refused."
+def _is_done(path, out, origin, drawn=None):
+    "Whether a slide has been tiled; another slide with its name, and other classes or annotations, are refused."
     record = out/origin["slide"]/"slide.json"
     made = read_json(record) if record.is_file() else None
     if made and made["bytes"] != path.stat().st_size:
@@ -346,6 +434,9 @@ def _is_done(path, out, origin):
     if made and any({k: row.get(k) for k in origin} != origin for row in made["rows"][:1]):
         raise HistoDiffusionError(f"{record.parent} was made when {path.name} had another patient or class: delete "
                                   "that folder, and it is tiled again.")
+    if made and drawn and made.get("annotations") != hash_once(drawn):
+        raise HistoDiffusionError(f"{record.parent} was made with other annotations than {drawn}: delete that folder, "
+                                  "and it is tiled again.")
     return made is not None
 
 def _refuse_renamed(out, files, names):
@@ -391,21 +482,25 @@ def tile_slides(
     out, # folder for the patches: new, empty, or one that a call with the same settings has written
     skip_corrupt:bool=False, # name slides that cannot be tiled and go on, instead of stopping
     images:bool=False, # ordinary images beside slides too, such as masks and thumbnails
+    annotations=None, # GeoJSON file, or a folder with one for each slide, that gives patches their class; None: none
     **settings, # fields of `Tiling`
 ) -> pd.DataFrame: # one row per patch; also written as `out/manifest.csv`
     "Cut slides into patches of tissue; a second call continues where the first was stopped."
-    tiling, out = check_tiling(settings), as_path(out)
+    tiling, out = _with_annotations(check_tiling(settings), annotations), as_path(out)
     _openslide()
     files, left = list_slides(source, out, images)
     _say_left(left)
     names, skipped = slide_names(files), []
+    drawn = match_annotations(annotations, files, names, as_path(source)) if annotations else {}
+    if annotations: files, names = zip(*[(f, n) for f, n in zip(files, names) if f in drawn])
     origins = _origins(as_path(source), files, names, tiling)
     _claim(out, asdict(tiling))
     _refuse_renamed(out, files, names)
     try:
         for i, (path, origin) in enumerate(zip(files, origins), 1):
             desc = f"{origin['slide']} ({i} of {len(files)})"
-            try: _is_done(path, out, origin) or _tile_one(path, out, origin, tiling, desc)
+            of = drawn.get(path)
+            try: _is_done(path, out, origin, of) or _tile_one(path, out, origin, tiling, desc, of)
             except HistoDiffusionError as e:
                 if not skip_corrupt: raise
                 skipped.append(path)
@@ -415,6 +510,7 @@ def tile_slides(
         raise HistoDiffusionError(f"None of {len(files)} slide(s) of {source} can be tiled: see above.")
     if manifest.empty:
         blue = ", or give --any-colour if the tissue is blue or green (trichrome, Alcian blue)"*(not tiling.any_colour)
-        raise HistoDiffusionError(f"No tile of {source} has a tissue share of {tiling.tissue} or more: lower "
-                                  f"--tissue{blue}.")
+        drawn = f", and annotations over {tiling.coverage} of it"*bool(drawn), " or --coverage"*bool(drawn)
+        raise HistoDiffusionError(f"No tile of {source} has a tissue share of {tiling.tissue} or more{drawn[0]}: lower "
+                                  f"--tissue{drawn[1]}{blue}.")
     return manifest
