@@ -38,8 +38,10 @@ from histodiffusion.data.patches import (
     dataset_folder,
     load_patches,
     read_patchcamelyon,
+    split_patches,
 )
 from histodiffusion.data.phantom import PHANTOM_CLASSES, phantom_patches
+from histodiffusion.study.run import Run
 
 MIRROR = load_settings().data_mirror
 BODY = random.Random(0).randbytes(600_000)
@@ -609,6 +611,44 @@ def test_kather_from_a_folder_to_its_slides(site, monkeypatch):
     assert verify_dataset("kather2016").ok.all()
 
 
+def offer_pathmnist(site, monkeypatch, name, classes=9):
+    "PathMNIST, small; the file stays as it is."
+    x = phantom_patches(np.arange(27) % classes, seed=1, size=64)
+    both = dict(images=x, labels=(np.arange(27) % classes)[:, None].astype(np.uint8))
+    out, parts = io.BytesIO(), dict(train=slice(0, 9), val=slice(9, 18), test=slice(18, 27))
+    np.savez(out, **{f"{s}_{w}": v[i] for s, i in parts.items() for w, v in both.items()})
+    file = site.put(REGISTRY[name].files[0].name, out.getvalue())
+    monkeypatch.setitem(REGISTRY, name, replace(REGISTRY[name], files=(file,)))
+    return x
+
+
+def test_pathmnist_stays_one_file_with_its_splits_and_names(site, monkeypatch, home):
+    x = offer_pathmnist(site, monkeypatch, "pathmnist-64")
+    folder = fetch_dataset("pathmnist-64")
+    assert names(folder) == ["dataset.json", "pathmnist_64.npz"] and names(home) == ["downloads", "pathmnist-64"]
+    assert json.loads((folder / "dataset.json").read_text())["counts"]["smooth muscle"] == 3
+    patches = load_patches("pathmnist-64", size=64)
+    assert (patches.images == x).all() and patches.classes == REGISTRY["pathmnist-64"].classes
+    assert [len(i) for i in split_patches(patches.keys, given=patches.splits).values()] == [9, 9, 9]
+    assert verify_dataset("pathmnist-64").ok.all()
+    (folder / "pathmnist_64.npz").unlink()
+    assert not verify_dataset("pathmnist-64").ok[1:].any()
+
+
+def test_another_file_is_not_put_in_place_of_pathmnist(site, monkeypatch, home):
+    offer_pathmnist(site, monkeypatch, "pathmnist-64", classes=8)
+    assert "has the classes 0, 1, 2, 3, 4, 5, 6, 7 instead of adipose" in said(lambda: fetch_dataset("pathmnist-64"))
+    assert names(home) == ["downloads"]
+
+
+@pytest.mark.parametrize("name", ["nct-crc-he", "crc-val-he-7k", "pathmnist-224"])
+def test_pathmnist_is_not_pre_trained_on_its_own_images(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("HISTODIFFUSION_DATA_MIRROR", str(tmp_path))
+    with pytest.raises(HistoDiffusionError, match="shares its images with the target 'pathmnist-64'"):
+        Run("smoke", "pathmnist-64", (name,))
+    assert "nct-crc-he" not in Run("smoke", "pathmnist-64").sets
+
+
 def pcam_arrays(n, seed):
     rng = np.random.default_rng(seed)
     return rng.integers(0, 255, (n, 96, 96, 3), np.uint8), rng.integers(0, 2, (n, 1, 1, 1)).astype(np.uint8)
@@ -735,7 +775,7 @@ def test_every_entry_explains_how_to_get_it(name):
         assert not info.by_hand or "not checked" in info.note
     assert all(f.checksum or "not checked" in info.note for f in info.files)
     for f in info.files:
-        assert f.url.startswith("http") and f.name.endswith((".zip", ".gz"))
+        assert f.url.startswith("http") and f.name.endswith((".zip", ".gz", ".npz"))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

@@ -43,10 +43,10 @@ class DatasetInfo:
     licence_url: str | None = None # text of the licence
     citation: str = "" # what to cite
     homepage: str | None = None # page of its publisher
-    classes: tuple = () # names of the class folders; with layout 'h5' of the splits
+    classes: tuple = () # names of the class folders; with layout 'npz' of the numbered classes, with 'h5' of the splits
     counts: tuple = () # images of each class; empty: not checked
     pixel: float | None = None # side of a pixel, μm; None: varies or unknown
-    layout: str = "folders" # 'folders': class/image, 'h5': PatchCamelyon's pairs of HDF5 files
+    layout: str = "folders" # 'folders': class/image, 'h5': PatchCamelyon's pairs of HDF5 files, 'npz': a MedMNIST file
     grouping: str | None = None # regular expression; its first group is the slide or patient in a file name
     note: str = "" # what a user should know before using it
 

@@ -12,12 +12,14 @@ from collections import Counter
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
 from ..core import HistoDiffusionError, load_settings, progress, write_json
 from .catalogue import DatasetInfo, REGISTRY, dataset_info, sample_archive
 from .images import find_images, read_image
+from .npz import NPZ_SPLITS, npz_images, npz_kinds, npz_labels
 from .patches import _here, _how_to_get, dataset_folder, read_patchcamelyon
 from .download import check_file, download_file, forget_download, format_bytes, recorded_checksum
 from .archives import UnfinishedError, unpack_archive
@@ -66,13 +68,37 @@ def describe_dataset(
     }
     return _Markdown(f"**{d.name}**\n\n" + "\n".join(f"- {k}: {v}" for k, v in lines.items() if v) + "\n")
 
+# %% ../../nbs/library/data/11_fetch.ipynb #41ec4561
+def _only_npz(folder):
+    "The one .npz file of a folder."
+    files = sorted(folder.glob("*.npz"))
+    if len(files) == 1: return files[0]
+    raise HistoDiffusionError(f"{folder} has {len(files)} .npz files instead of one: put the published file "
+                              "there alone.")
+
+def _count_npz(folder):
+    "Images of each class of a MedMNIST file, by the number of the class."
+    path = _only_npz(folder)
+    npz_kinds(path)  # refuses what is no such file
+    labels = np.concatenate([npz_labels(path, s) for s in NPZ_SPLITS])
+    return {str(k): int(n) for k, n in zip(*np.unique(labels, return_counts=True))}
+
+def _as_it_is(archive, target):
+    "A folder with a file that is not unpacked; it takes no further space where the disk knows links."
+    target.mkdir(exist_ok=True)
+    try: os.link(archive, target/archive.name)
+    except FileExistsError: pass
+    except OSError: shutil.copy(archive, target/archive.name)
+    return target
+
 # %% ../../nbs/library/data/11_fetch.ipynb #80e62612
 def count_images(
     folder, # class/image folders, or PatchCamelyon's files
-    layout:str="folders", # 'folders' or 'h5'
+    layout:str="folders", # 'folders', 'h5' or 'npz'
 ) -> dict: # class (or split) -> number of images
-    "Images in each class of a folder, or in each split of PatchCamelyon."
+    "Images in each class of a folder or of a MedMNIST file, or in each split of PatchCamelyon."
     folder = Path(folder).resolve()
+    if layout == "npz": return _count_npz(folder)
     if layout == "folders":
         files = [p.relative_to(folder).parts for p in find_images(folder)[0]]
         return dict(Counter(f[0] for f in files if len(f) > 1 and not f[0].startswith((".", "__"))))
@@ -89,6 +115,7 @@ def check_counts(
 ) -> dict: # class (or split) -> number of images
     "Count the images of a set; raise an error if classes or numbers differ from the catalogue."
     found, again = count_images(folder, info.layout), "check that it is the complete, original set."
+    if info.layout == "npz" and len(found) == len(info.classes): found = dict(zip(info.classes, found.values()))
     if info.classes and sorted(found) != sorted(info.classes):
         raise HistoDiffusionError(f"{folder} has the classes {', '.join(found) or 'none'} instead of "
                                   f"{', '.join(info.classes)}: {again}")
@@ -124,6 +151,7 @@ def _alone(folder):
 def _unpack_file(file, archive, stage, layout):
     "Unpack one file of a set into its hidden folder; returns the folder that contains the classes."
     target = stage/archive.name
+    if layout == "npz": return _as_it_is(archive, target)
     if not target.is_dir(): unpack_archive(archive, target)
     if layout == "h5":
         for p in target.iterdir(): check_file(p, file.unpacked)
@@ -186,6 +214,10 @@ def fetch_dataset(
 # %% ../../nbs/library/data/11_fetch.ipynb #7eddb1ee
 def _check_readable(folder, info):
     "Decode every image; the error counts those that cannot be decoded."
+    if info.layout == "npz":
+        for split in NPZ_SPLITS:
+            for _ in progress(npz_images(_only_npz(folder), split), desc=split, unit="image"): pass
+        return "all"
     if info.layout == "h5":
         for split in info.classes:
             images, _ = read_patchcamelyon(folder, split)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FolderName', 'READING', 'SPLITS', 'FEW', 'parse_phantom', 'folder_parts', 'folder_name', 'short_name',
-           'unpack_sample', 'dataset_folder', 'list_images', 'dataset_layout', 'in_arrays', 'dataset_channels',
-           'dataset_classes', 'read_patchcamelyon', 'dataset_fingerprint', 'dataset_kinds', 'packed_dataset',
-           'PatchSet', 'square_patch', 'to_grey', 'load_patches', 'unreadable_images', 'patch_scale', 'split_patches',
-           'fold_splits', 'labelled_fraction', 'check_target']
+           'unpack_sample', 'dataset_folder', 'npz_file', 'list_images', 'dataset_layout', 'in_arrays',
+           'dataset_channels', 'dataset_classes', 'read_patchcamelyon', 'dataset_fingerprint', 'dataset_kinds',
+           'packed_dataset', 'PatchSet', 'square_patch', 'to_grey', 'load_patches', 'unreadable_images', 'patch_scale',
+           'split_patches', 'fold_splits', 'labelled_fraction', 'check_target']
 
 # %% ../../nbs/library/data/09_patches.ipynb #0140ea4d
 import contextlib, functools, os, re, stat, warnings
@@ -118,7 +118,7 @@ def dataset_folder(
     spec:str, # `folder:PATH`, `npz:PATH` or a name in the catalogue
 ) -> Path: # the folder that contains it
     "The folder of a set: your own, the mirror's, the downloaded one, or a sample that is unpacked now."
-    if spec.startswith("npz:"): return _npz_path(spec).parent
+    if spec.startswith("npz:"): return as_path(spec[4:]).parent
     if spec.startswith("folder:"):
         folder, table, test = folder_parts(spec)
         for path, option in ((folder, "folder:"), (test, "test=")):
@@ -131,7 +131,14 @@ def dataset_folder(
     if folder is None: raise HistoDiffusionError(f"The data set '{spec}' is not here: {_how_to_get(info)}")
     return folder
 
-def _npz_path(spec): return as_path(spec[4:])
+def npz_file(
+    spec:str, # `npz:PATH`, or a set of the catalogue whose layout is 'npz'
+) -> Path:
+    "The .npz file of a set."
+    if spec.startswith("npz:"): return as_path(spec[4:])
+    folder, name = dataset_folder(spec), REGISTRY[spec].files[0].name
+    if (folder/name).is_file(): return folder/name
+    raise HistoDiffusionError(f"{folder} has no file {name}, which '{spec}' consists of: put it there.")
 
 # %% ../../nbs/library/data/09_patches.ipynb #6f913dd2
 def list_images(
@@ -161,7 +168,12 @@ def in_arrays(
     spec:str, # name of a set
 ) -> bool:
     "Whether a set is stored in arrays (HDF5 or npz), not image by image."
-    return spec.startswith("npz:") or spec in REGISTRY and REGISTRY[spec].layout == "h5"
+    return _layout_of(spec) in ("npz", "h5")
+
+def _layout_of(spec):
+    "How a set is stored: 'phantom', 'folder', 'npz' or 'h5'."
+    kind = REGISTRY[spec].layout if spec in REGISTRY else spec.partition(":")[0]
+    return "folder" if kind == "folders" else kind
 
 def dataset_channels(
     spec:str, # name of a set
@@ -177,8 +189,15 @@ def dataset_classes(
 ) -> tuple: # class names, sorted; none for a set without class folders
     "The classes of a set, as its folders or its table of labels name them."
     if spec.startswith("phantom:"): return PHANTOM_CLASSES
-    if spec.startswith("npz:"): return npz_classes(_npz_path(spec))
+    if _layout_of(spec) == "npz": return _named(spec, npz_classes(npz_file(spec)))
     return ("normal", "tumour") if in_arrays(spec) else dataset_layout(spec).classes
+
+def _named(spec, numbers):
+    "The names of numbered classes, where the catalogue has them."
+    names = REGISTRY[spec].classes if spec in REGISTRY else numbers
+    if len(names) == len(numbers): return names
+    raise HistoDiffusionError(f"{npz_file(spec)} has {len(numbers)} classes instead of the {len(names)} of '{spec}': "
+                              "check that it is the complete, original file.")
 
 # %% ../../nbs/library/data/09_patches.ipynb #322b356e
 def read_patchcamelyon(
@@ -198,9 +217,9 @@ def read_patchcamelyon(
 def _files_of(spec):
     "The files that decide what a set contains, by their names within it."
     folder = dataset_folder(spec)
-    if spec.startswith("npz:"):
-        npz_kinds(_npz_path(spec))  # refuses what is no such file
-        return {_npz_path(spec).name: _npz_path(spec)}
+    if _layout_of(spec) == "npz":
+        npz_kinds(npz_file(spec))  # refuses what is no such file
+        return {npz_file(spec).name: npz_file(spec)}
     if in_arrays(spec): return {p.name: p for p in sorted(folder.glob("*.h5"))}
     table, found = (folder_parts(spec).table if spec.startswith("folder:") else None), {}
     for place, start in ((folder, ""), *((p, TEST) for p in _test_folder(spec))):
@@ -246,10 +265,10 @@ def dataset_fingerprint(
     return _facts(spec)["fingerprint"]
 
 def dataset_kinds(
-    spec:str, # `folder:PATH` or `npz:PATH`
+    spec:str, # name of a set, but no phantom
 ) -> dict: # 'grey', 'colour', 'too large' and 'unreadable' -> number of images
     "How many images of a set have no colour, by their headers."
-    return npz_kinds(_npz_path(spec)) if spec.startswith("npz:") else _facts(spec)["kinds"]
+    return npz_kinds(npz_file(spec)) if _layout_of(spec) == "npz" else _facts(spec)["kinds"]
 
 # %% ../../nbs/library/data/09_patches.ipynb #e8679fde
 READING = 3  # raised when the same files give other pixels, labels or classes than before
@@ -262,8 +281,7 @@ def packed_dataset(
     name = f"{spec.split(':')[0]}-{dataset_fingerprint(spec)}-{READING}"
     folder = load_settings().data_home/"packed"/name
     if not (folder/"index.json").is_file():
-        pack = {"phantom": _pack_phantom, "npz": _pack_npz}.get(spec.split(":")[0])
-        pack = pack or (_pack_hdf5 if in_arrays(spec) else _pack_files)
+        pack = dict(phantom=_pack_phantom, npz=_pack_npz, h5=_pack_hdf5, folder=_pack_files)[_layout_of(spec)]
         pack(spec, folder, desc=f"packing {short_name(spec)}")
     packed = open_packed(folder)
     if skip_corrupt: _name_skipped(folder)
@@ -321,13 +339,13 @@ def _pack_hdf5(spec, folder, **kwargs):
 
 def _pack_npz(spec, folder, **kwargs):
     "An .npz file in MedMNIST's layout."
-    path, labels, splits = _npz_path(spec), [], []
+    path, labels, splits = npz_file(spec), [], []
     for name, split in NPZ_SPLITS.items():
         y = npz_labels(path, name)
         labels, splits = labels + y.tolist(), splits + [split]*len(y)
     stream = (x for name in NPZ_SPLITS for x in npz_images(path, name))
     names = [f"{s}/{i}" for i, s in enumerate(splits)]
-    return pack_images(splits, folder, lambda _: next(stream), names, labels, npz_classes(path), splits=splits,
+    return pack_images(splits, folder, lambda _: next(stream), names, labels, dataset_classes(spec), splits=splits,
                        **kwargs)
 
 # %% ../../nbs/library/data/09_patches.ipynb #c40e56c7
