@@ -103,8 +103,8 @@ def arrays():
     "MedMNIST's npz files, PatchCamelyon's HDF5 files, and the arrays that the library wrote."
     import h5py
 
+    from histodiffusion.data.h5 import h5_classes, h5_images, h5_pairs
     from histodiffusion.data.npz import npz_classes, npz_images, npz_kinds
-    from histodiffusion.data.packed import read_h5
 
     x, out = np.asarray(_picture(16))[None].repeat(4, 0), io.BytesIO()
     both = dict(images=x, labels=np.arange(4)[:, None])
@@ -113,15 +113,19 @@ def arrays():
     stored = io.BytesIO()
     np.savez(stored, **parts)
     with tempfile.TemporaryDirectory() as folder:
-        with h5py.File(Path(folder) / "x.h5", "w") as f:
-            f.create_dataset("x", data=x, compression="gzip")
-        h5 = (Path(folder) / "x.h5").read_bytes()
+        for part, array in dict(x=x, y=np.arange(4)).items():
+            with h5py.File(Path(folder) / f"a_{part}.h5", "w") as f:
+                f.create_dataset(part, data=array, compression="gzip")
+        pair = {f"a_{part}.h5": (Path(folder) / f"a_{part}.h5").read_bytes() for part in "xy"}
 
     def read(path):
         if path.suffix == ".h5":
-            with read_h5(path, "x", (None, 16, 16, 3), "uint8") as data:
-                for i in range(min(len(data), 100)):
-                    data[i]
+            for other in pair.keys() - {path.name}:
+                (path.parent / other).write_bytes(pair[other])
+            (found,) = h5_pairs(path.parent)
+            h5_classes([found])
+            for _ in h5_images(found):
+                pass
         else:
             npz_classes(path)
             npz_kinds(path)
@@ -129,7 +133,7 @@ def arrays():
                 for _ in npz_images(path, split):
                     pass
 
-    return {"a.npz": out.getvalue(), "b.npz": stored.getvalue(), "x.h5": h5}, read
+    return {"a.npz": out.getvalue(), "b.npz": stored.getvalue()} | pair, read
 
 
 def archives():

@@ -3,6 +3,7 @@
 import os
 import shutil
 
+import h5py
 import numpy as np
 import pytest
 import tifffile
@@ -449,3 +450,37 @@ def test_a_test_folder_that_does_not_fit_is_one_sentence(write, clinic, capsys, 
     assert main(command + (more if isinstance(more, list) else [])) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and why in said
+
+
+def test_pairs_of_hdf5_files_are_sets_with_their_splits(home, tissue, capsys):
+    images, labels = np.concatenate([*tissue.values()]), np.repeat([0, 1, 2], 10)
+    of = np.arange(30) % 4
+    (home / "pairs").mkdir()
+
+    def write(split, part, array):
+        with h5py.File(home / "pairs" / f"mine_{split}_{part}.h5", "w") as f:
+            f.create_dataset(part, data=array, compression="gzip")
+
+    for split, mask in dict(train=of < 2, valid=of == 2, test=of == 3).items():
+        write(split, "x", images[mask])
+        write(split, "y", labels[mask].reshape(-1, 1, 1, 1))
+    command = [f"h5:{home / 'pairs'}" if word.startswith("folder:") else word for word in show(home)]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "splits as the set gives them" in said
+    assert [int(n) for n in said.split("\nall")[1].split()[:3]] == [16, 7, 7]
+    found = load_patches(f"h5:{home / 'pairs'}", 32)
+    assert (found.images[[f.startswith("mine_test") for f in found.files]] == images[of == 3]).all()
+    before = Run("smoke", found.name, ("phantom:kyoto:45",)).key("target_data")
+    write("test", "y", np.roll(labels[of == 3], 1))
+    assert Run("smoke", found.name, ("phantom:kyoto:45",)).key("target_data") != before
+    write("test", "y", labels[of == 3][1:])
+    assert main(command) == 2 and "for 6 labels, not 8 bits" in capsys.readouterr().err
+    assert main(["data", "audit", f"h5:{home / 'none'}"]) == 2 and "after 'h5:'" in capsys.readouterr().err
+
+
+def test_metadata_of_an_image_folder_is_a_table(write):
+    folder = write("images/{c}{i}.png")
+    lines = [f"images/{c}{i}.png,{c}" for c in CLASSES for i in range(10)]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+    assert patches(f"{folder},labels=metadata.csv").counts() == dict.fromkeys(CLASSES, 10)

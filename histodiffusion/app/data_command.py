@@ -7,10 +7,12 @@ from histodiffusion.core import HistoDiffusionError, load_settings
 
 def one_name(options) -> str:
     "The one data set that an action is for."
+    from histodiffusion.data.patches import is_own
+
     if len(options.names) != 1:
         raise HistoDiffusionError(f"'data {options.action}' needs the NAME of one set: see 'histodiffusion data list'.")
     name = options.names[0]
-    if name.startswith(("folder:", "npz:", "phantom:")):
+    if is_own(name) or name.startswith("phantom:"):
         raise HistoDiffusionError(f"'data {options.action}' is for sets of the catalogue, and '{name}' needs no entry in "
                                   f"it: 'histodiffusion data audit {name}' says what it contains.")  # fmt: skip
     return name
@@ -93,6 +95,7 @@ def list_sets(options) -> None:
     mirror = here.data_mirror or "none; set HISTODIFFUSION_DATA_MIRROR to the folder that has the missing ones"
     print(f"{'folder:PATH':<26} yours    class/image below PATH when labelled, any depth otherwise; --labels gives a table\n"
           f"{'npz:PATH':<26} yours    a file in MedMNIST's layout, with its splits\n"
+          f"{'h5:PATH':<26} yours    a folder of pairs NAME_x.h5 and NAME_y.h5, as PatchCamelyon has them\n"
           f"to fetch: 'histodiffusion data fetch NAME' writes it to {here.data_home}; by hand: 'data describe NAME' "
           f"says where from\nmirror: {mirror}")  # fmt: skip
 
@@ -131,10 +134,11 @@ def audit(options) -> None:
     import pandas as pd
 
     from histodiffusion.data.copies import audit_pair, audit_set, known_sets
+    from histodiffusion.data.patches import is_own
     from histodiffusion.study.run import full_name
 
     run = None if options.names else options.make()
-    own = [full_name(n) if n.startswith(("folder:", "npz:", "phantom:")) else n for n in options.names]
+    own = [full_name(n) if is_own(n) or n.startswith("phantom:") else n for n in options.names]
     names = "mirror" if own == ["mirror"] else own or [run.target, *run.sets]
     audits = [audit_set(name) for name in known_sets(names)]
     columns = ["set", "images", "side", "classes", "licence", "corrupt", "exact", "near", "flat", "conflicts", "crossings"]
