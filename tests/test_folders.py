@@ -484,3 +484,35 @@ def test_metadata_of_an_image_folder_is_a_table(write):
     lines = [f"images/{c}{i}.png,{c}" for c in CLASSES for i in range(10)]
     (folder / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
     assert patches(f"{folder},labels=metadata.csv").counts() == dict.fromkeys(CLASSES, 10)
+
+
+def test_squares_of_an_image_stay_in_one_split(write, capsys):
+    folder = write(change=lambda im: Image.fromarray(np.concatenate([np.asarray(im), 255 - np.asarray(im)], 1)))
+    found = patches(f"{folder},fit=tile")
+    assert len(found) == 60 and len({*found.keys}) == 60 and found.counts() == dict.fromkeys(CLASSES, 20)
+    assert (found.images[::2] == 255 - found.images[1::2]).all()
+    groups, splits = target_splits(found.name, found.keys, found.labels, found.groups)
+    side = {i: name for name, indices in splits.items() for i in indices}
+    assert all(side[i] == side[i + 1] for i in range(0, 60, 2)) and {*side.values()} == {"train", "validation", "test"}
+    assert main([*show(folder), "--fit", "tile"]) == 0
+    assert "30 images group 60 patches" in capsys.readouterr().out
+    assert main([*show(folder), "--dry-run"]) == 0 and "30 patches, 3 classes" in capsys.readouterr().out
+    assert main([*show(folder), "--fit", "tile", "--dry-run"]) == 0
+    assert "60 patches, 3 classes" in capsys.readouterr().out
+
+
+def test_squares_keep_their_patient_and_change_keys(write):
+    folder = write(change=lambda im: im.resize((64, 32)))
+    before = [Run("smoke", f"folder:{folder}{fit}", ("phantom:kyoto:45",)) for fit in ("", ",fit=crop", ",fit=tile")]
+    keys = [run.key("target_data") for run in before]
+    assert keys[0] == keys[1] != keys[2] and before[0].target == before[1].target
+    lines = [f"{c}/{i}.png,P{i % 5}" for c in CLASSES for i in range(10)]
+    (folder / "manifest.csv").write_text("\n".join(["file,patient", *lines]))
+    assert {*patches(f"{folder},fit=tile").groups} == {f"P{i}" for i in range(5)}
+
+
+def test_a_way_to_fit_that_is_not_there_or_not_for_folders_is_one_sentence(write, capsys):
+    folder = write()
+    assert "has fit=stretch: use crop" in refusal(f"{folder},fit=stretch")
+    assert main([*show(folder), "--dataset", "phantom:target", "--fit", "tile"]) == 2
+    assert "--fit names how images are cut for a folder" in capsys.readouterr().err

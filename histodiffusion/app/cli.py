@@ -25,6 +25,7 @@ class RunOptions:
     dataset: str = "" # labelled set: folder:PATH with class/image, npz:PATH, h5:PATH, phantom:LABORATORY[:N[:SEED]], or a name; default: the profile's
     labels: str = "" # table for folder:PATH (.csv with columns file and label, patient, slide or split); none: its manifest.csv
     test: str = "" # second folder of the same classes, folder:PATH2, to test on alone; folder:PATH is then divided into training and validation
+    fit: Literal["crop", "tile"] = "crop" # images of folder:PATH that are not square: their centre, or cut into squares that stay in one split
     pretrain_sets: tuple[str, ...] = () # unlabelled sets to pre-train on; none given: those that suit the target
     skip_corrupt: bool = False # name corrupt images and leave them out, instead of stopping
     allow_leakage: bool = False # go on though pre-training sets repeat test patches of the target
@@ -53,13 +54,14 @@ class RunOptions:
 
     def full_dataset(self) -> str:
         "The name of the labelled set, with its table and its test folder."
-        for option, what in (("labels", "a table"), ("test", "a folder to test on")):
-            if getattr(self, option) and not self.dataset.startswith("folder:"):
+        given = dict(labels=self.labels, test=self.test, fit="tile" if self.fit == "tile" else "")
+        for option, what in dict(labels="a table", test="a folder to test on", fit="how images are cut").items():
+            if given[option] and not self.dataset.startswith("folder:"):
                 raise HistoDiffusionError(f"--{option} names {what} for a folder, and --dataset is '{self.dataset}': give "
                                           "--dataset folder:PATH.")  # fmt: skip
         if self.test.startswith(("npz:", "h5:", "phantom:")):
             raise HistoDiffusionError(f"--test is '{self.test}', and only folders can be test sets: give folder:PATH.")
-        return self.dataset + f",labels={self.labels}" * bool(self.labels) + f",test={self.test}" * bool(self.test)
+        return self.dataset + "".join(f",{name}={value}" for name, value in given.items() if value)
 
 
 def section_names() -> list[str]:

@@ -14,7 +14,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..core import HistoDiffusionError, load_settings, read_json
-from ..data.patches import dataset_classes, in_arrays, list_images, packed_dataset, parse_phantom
+from ..data.patches import (
+    dataset_classes, folder_parts, in_arrays, list_images, packed_dataset, parse_phantom)
 from ..study.artefacts import check_leakage, command_of, remove_stage
 from ..study.checks import check_run, network_notes
 from ..study.prior import is_published
@@ -113,7 +114,8 @@ def duration(
 def _count(target):
     "Patches and classes of a labelled set."
     if target.startswith("phantom:"): return parse_phantom(target)[1], 9
-    images = packed_dataset(target) if in_arrays(target) else list_images(target)
+    cut = target.startswith("folder:") and folder_parts(target).fit
+    images = packed_dataset(target, skip_corrupt=True) if cut or in_arrays(target) else list_images(target)
     return len(images), len(dataset_classes(target))
 
 def _plan_head(run):

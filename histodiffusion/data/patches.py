@@ -6,8 +6,8 @@
 __all__ = ['OWN', 'FolderName', 'READING', 'SPLITS', 'FEW', 'parse_phantom', 'is_own', 'folder_parts', 'folder_name',
            'short_name', 'unpack_sample', 'dataset_folder', 'npz_file', 'list_images', 'dataset_layout', 'in_arrays',
            'dataset_channels', 'dataset_classes', 'read_patchcamelyon', 'dataset_fingerprint', 'dataset_kinds',
-           'packed_dataset', 'PatchSet', 'square_patch', 'to_grey', 'load_patches', 'unreadable_images', 'patch_scale',
-           'split_patches', 'fold_splits', 'labelled_fraction', 'check_target']
+           'packed_dataset', 'square_boxes', 'PatchSet', 'square_patch', 'to_grey', 'load_patches', 'unreadable_images',
+           'patch_scale', 'split_patches', 'fold_splits', 'labelled_fraction', 'check_target']
 
 # %% ../../nbs/library/data/09_patches.ipynb #0140ea4d
 import contextlib, functools, os, re, stat, warnings
@@ -26,7 +26,7 @@ from histodiffusion.core import (
 from .archives import unpack_archive
 from .catalogue import DatasetInfo, REGISTRY, dataset_info, group_of, sample_archive
 from .h5 import h5_classes, h5_images, h5_kinds, h5_labels, h5_pairs
-from .images import IMAGE_SUFFIXES, find_images, image_kind, path_text, read_image
+from .images import IMAGE_SUFFIXES, find_images, image_kind, open_image, path_text, read_image
 from .layout import TEST, read_layout, unlabelled_layout
 from .npz import NPZ_SPLITS, npz_classes, npz_images, npz_kinds, npz_labels
 from .packed import PackedImages, content_key, open_packed, pack_images, read_h5
@@ -63,11 +63,11 @@ def _layout_of(spec):
     return "folder" if kind == "folders" else kind
 
 # %% ../../nbs/library/data/09_patches.ipynb #47ed1787
-FolderName = namedtuple("FolderName", "folder table test", defaults=(None, None)) # paths; None: not given
-_OPTION = re.compile(r",(labels|test)=")
+FolderName = namedtuple("FolderName", "folder table test fit", defaults=(None,)*3) # paths; 'tile'; None: not given
+_OPTION = re.compile(r",(labels|test|fit)=")
 
 def folder_parts(
-    spec:str, # 'folder:PATH', then ',labels=FILE' and ',test=PATH2' or neither
+    spec:str, # 'folder:PATH', then none, some or all of ',labels=FILE', ',test=PATH2' and ',fit=tile'
 ) -> FolderName:
     "The parts of a folder's name; a relative table is in the folder, or else here."
     text = spec.removeprefix("folder:")
@@ -77,18 +77,21 @@ def folder_parts(
     given = dict(zip(words[::2], words[1::2]))
     if 2*len(given) < len(words):
         raise HistoDiffusionError(f"The name '{spec}' gives {words[0]} or another option twice: give each once.")
-    table, test = given.get("labels"), given.get("test")
+    table, test, fit = (given.get(k) for k in ("labels", "test", "fit"))
+    if fit not in (None, "crop", "tile"):
+        raise HistoDiffusionError(f"The name '{spec}' has fit={fit}: use crop (the centre square) or tile.")
     inside = as_path(table, folder) if table else None
     if inside is not None and not inside.is_file(): inside = as_path(table)
-    return FolderName(folder, inside, as_path(test.removeprefix("folder:")) if test else None)
+    test = as_path(test.removeprefix("folder:")) if test else None
+    return FolderName(folder, inside, test, "tile" if fit == "tile" else None)
 
 # %% ../../nbs/library/data/09_patches.ipynb #3b9a2bbb
 def folder_name(
     parts:FolderName, # what `folder_parts` gives
-) -> str: # 'folder:PATH,labels=FILE,test=PATH2' or less
+) -> str: # 'folder:PATH,labels=FILE,test=PATH2,fit=tile' or less
     "The full name of a folder."
-    options = f",labels={parts.table}"*bool(parts.table) + f",test={parts.test}"*bool(parts.test)
-    return f"folder:{parts.folder}{options}"
+    given = dict(labels=parts.table, test=parts.test, fit=parts.fit)
+    return f"folder:{parts.folder}" + "".join(f",{k}={v}" for k, v in given.items() if v)
 
 def short_name(
     spec:str, # name of a set
@@ -138,7 +141,7 @@ def dataset_folder(
     "The folder of a set: your own, the mirror's, the downloaded one, or a sample that is unpacked now."
     if spec.startswith(("npz:", "h5:")): return path if (path := _own_path(spec)).is_dir() else path.parent
     if spec.startswith("folder:"):
-        folder, table, test = folder_parts(spec)
+        folder, table, test, _ = folder_parts(spec)
         for path, option in ((folder, "folder:"), (test, "test=")):
             if path and not path.is_dir():
                 raise HistoDiffusionError(f"There is no folder {path}: check the path after '{option}'.")
@@ -179,6 +182,10 @@ def dataset_layout(
     found = read_layout(dataset_folder(spec), of.table, of.test)
     if found.groups is None and spec in REGISTRY and REGISTRY[spec].grouping:
         found.groups, found.grouping = [group_of(spec, p) or "" for p in found.files], "patients or slides"
+    if of.fit:
+        found.grouping = f"{found.grouping} or images" if found.grouping else "images"
+        found.notes.append("images that are not square are cut into squares, which stay in one split; copies of whole "
+                           "images in other sets are not searched for")
     return found
 
 # %% ../../nbs/library/data/09_patches.ipynb #b3a12e8f
@@ -269,7 +276,8 @@ def _facts(spec):
         kind = image_kind(p) if p.suffix.lower() in IMAGE_SUFFIXES else ""
         rows.append((name, kind if kind == "too large" else _content(p)))
         if kind: kinds[kind] += 1
-    facts = dict(files=len(files), listing=listing, fingerprint=hash_object(rows)[:16], kinds=dict(kinds))
+    content = [rows, "tile"] if spec.startswith("folder:") and folder_parts(spec).fit else rows
+    facts = dict(files=len(files), listing=listing, fingerprint=hash_object(content)[:16], kinds=dict(kinds))
     write_json(stored, facts)
     return facts
 
@@ -329,6 +337,8 @@ def _pack_files(spec, folder, **kwargs):
         except HistoDiffusionError as e:  # the packed set may be moved, and names what is within it
             start = next((s for s in starts if str(e).startswith(s)), "")
             raise HistoDiffusionError(starts.get(start, "") + str(e).removeprefix(start)) from e
+    if spec.startswith("folder:") and folder_parts(spec).fit:
+        return _pack_squares(layout, labels, folder, read, classes=classes, **kwargs)
     return pack_images(layout.files, folder, read, layout.names, labels, classes, layout.groups, layout.splits,
                        skip_corrupt=True, **kwargs)
 
@@ -342,6 +352,37 @@ def _draw_phantom(spec, size=64):
     laboratory, n, seed = parse_phantom(spec)
     labels = np.arange(n) % len(PHANTOM_CLASSES)
     return phantom_patches(labels, seed=seed, size=size, laboratory=laboratory), labels
+
+# %% ../../nbs/library/data/09_patches.ipynb #20743308
+def square_boxes(
+    width:int, # of an image, px
+    height:int, # of an image, px
+) -> list: # of (left, top, right, bottom), px
+    "As many squares as fit into an image, spread evenly over its longer side; one is the centre square."
+    side, longest = min(width, height), max(width, height)
+    n = longest//side
+    starts = [int(((2*i + 1)*longest - n*side)//(2*n)) for i in range(n)]
+    return [(s, 0, s + side, side) if width > height else (0, s, side, s + side) for s in starts]
+
+def _squares(path):
+    "The squares of an image file, by its header; one where it cannot be read, which packing then says."
+    try:
+        with open_image(path) as im: return square_boxes(*im.size)
+    except Exception: return [None]  # decoders raise many kinds of errors on broken images
+
+# %% ../../nbs/library/data/09_patches.ipynb #7495bd14
+def _pack_squares(layout, labels, folder, read, **kwargs):
+    "The squares of the images of a layout, one image in memory at a time."
+    rows = [(i, box, k, len(boxes)) for i, path in enumerate(layout.files)
+            for boxes in [_squares(path)] for k, box in enumerate(boxes, 1)]
+    whole = functools.lru_cache(1)(read)
+    def square(row): return whole(layout.files[row[0]]).crop(row[1])
+    name = lambda i, k, n: f"{layout.names[i]}#{k}" if n > 1 else layout.names[i]
+    known = layout.groups or [""]*len(layout.files)
+    group = lambda i, n: known[i] or (f"image {layout.names[i]}" if n > 1 else "")
+    return pack_images(rows, folder, square, [name(i, k, n) for i, _, k, n in rows], [labels[i] for i, *_ in rows],
+                       groups=[group(i, n) for i, _, _, n in rows], splits=[layout.splits[i] for i, *_ in rows],
+                       skip_corrupt=True, **kwargs)
 
 # %% ../../nbs/library/data/09_patches.ipynb #c42ade66
 def _pack_hdf5(spec, folder, **kwargs):
