@@ -1,5 +1,7 @@
 "What people's folders hold: read right, or refused in one sentence."
 
+import io
+import json
 import os
 import shutil
 
@@ -516,3 +518,36 @@ def test_a_way_to_fit_that_is_not_there_or_not_for_folders_is_one_sentence(write
     assert "has fit=stretch: use crop" in refusal(f"{folder},fit=stretch")
     assert main([*show(folder), "--dataset", "phantom:target", "--fit", "tile"]) == 2
     assert "--fit names how images are cut for a folder" in capsys.readouterr().err
+
+
+def test_parquet_files_are_sets_with_names_splits_and_patients(home, tissue, capsys):
+    pytest.importorskip("pyarrow", reason="needs pyarrow, which is in the extra 'parquet'")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names, rows = ("TUM", "NORM", "STR"), {"train": [], "validation": [], "test": []}
+    for k, images in enumerate(tissue.values()):
+        for i, image in enumerate(images):
+            out = io.BytesIO()
+            Image.fromarray(image).save(out, "PNG")
+            split = "test" if i > 6 else "validation" if i > 4 else "train"
+            rows[split].append(dict(image=dict(bytes=out.getvalue(), path=f"{i}.png"), label=k, patient=f"P{i}"))
+    about = {"huggingface": json.dumps(dict(info=dict(features=dict(label=dict(names=names)))))}
+    (home / "shards").mkdir()
+    for split, part in rows.items():
+        table = pa.Table.from_pylist(part).replace_schema_metadata(about)
+        pq.write_table(table, home / "shards" / f"{split}-00000-of-00001.parquet")
+    command = [f"parquet:{home / 'shards'}" if word.startswith("folder:") else word for word in show(home)]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "splits as the set gives them; 10 patients group 30 patches" in said
+    assert [int(n) for n in said.split("\nall")[1].split()[:3]] == [15, 6, 9]
+    found = load_patches(f"parquet:{home / 'shards'}", 32)
+    assert found.classes == names and found.counts() == dict.fromkeys(names, 10)
+    of = {f: x for f, x in zip(found.files, found.images)}
+    assert (of["test-00000-of-00001.parquet/0"] == tissue["AC"][7]).all()
+    broken = rows["test"][:1] + [dict(image=dict(bytes=b"GIF89a", path=""), label=1, patient="P9")]
+    pq.write_table(pa.Table.from_pylist(broken).replace_schema_metadata(about), home / "shards" / "test-1.parquet")
+    with pytest.raises(HistoDiffusionError, match="test-1.parquet/1 is corrupt or no PNG"):
+        load_patches(found.name, 32)
+    assert len(load_patches(found.name, 32, skip_corrupt=True)) == 31

@@ -22,7 +22,7 @@ class RunOptions:
     "The options that describe a run; all further options are settings of its profile."
 
     profile: str = field(default_factory=lambda: load_settings().profile) # preset of scale: quick, small, gpu, paper or smoke
-    dataset: str = "" # labelled set: folder:PATH with class/image, npz:PATH, h5:PATH, phantom:LABORATORY[:N[:SEED]], or a name; default: the profile's
+    dataset: str = "" # labelled set: folder:PATH with class/image, npz:PATH, h5:PATH, parquet:PATH, phantom:LABORATORY[:N[:SEED]], or a name; default: the profile's
     labels: str = "" # table for folder:PATH (.csv with columns file and label, patient, slide or split); none: its manifest.csv
     test: str = "" # second folder of the same classes, folder:PATH2, to test on alone; folder:PATH is then divided into training and validation
     fit: Literal["crop", "tile"] = "crop" # images of folder:PATH that are not square: their centre, or cut into squares that stay in one split
@@ -59,7 +59,7 @@ class RunOptions:
             if given[option] and not self.dataset.startswith("folder:"):
                 raise HistoDiffusionError(f"--{option} names {what} for a folder, and --dataset is '{self.dataset}': give "
                                           "--dataset folder:PATH.")  # fmt: skip
-        if self.test.startswith(("npz:", "h5:", "phantom:")):
+        if self.test.startswith(("npz:", "h5:", "parquet:", "phantom:")):
             raise HistoDiffusionError(f"--test is '{self.test}', and only folders can be test sets: give folder:PATH.")
         return self.dataset + "".join(f",{name}={value}" for name, value in given.items() if value)
 

@@ -96,6 +96,7 @@ def list_sets(options) -> None:
     print(f"{'folder:PATH':<26} yours    class/image below PATH when labelled, any depth otherwise; --labels gives a table\n"
           f"{'npz:PATH':<26} yours    a file in MedMNIST's layout, with its splits\n"
           f"{'h5:PATH':<26} yours    a folder of pairs NAME_x.h5 and NAME_y.h5, as PatchCamelyon has them\n"
+          f"{'parquet:PATH':<26} yours    Parquet files with the columns image and label (extra parquet)\n"
           f"to fetch: 'histodiffusion data fetch NAME' writes it to {here.data_home}; by hand: 'data describe NAME' "
           f"says where from\nmirror: {mirror}")  # fmt: skip
 

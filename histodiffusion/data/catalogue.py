@@ -75,8 +75,8 @@ def dataset_info(
 ) -> DatasetInfo:
     "The record of a set."
     if name in REGISTRY: return REGISTRY[name]
-    raise HistoDiffusionError(f"Unknown data set '{name}': use phantom:LABORATORY, folder:PATH, npz:PATH, h5:PATH or "
-                              f"one of {', '.join(REGISTRY)}.")
+    raise HistoDiffusionError(f"Unknown data set '{name}': use phantom:LABORATORY, folder:PATH, npz:PATH, h5:PATH, "
+                              f"parquet:PATH or one of {', '.join(REGISTRY)}.")
 
 # %% ../../nbs/library/data/02_catalogue.ipynb #4a13b6b2
 def group_of(

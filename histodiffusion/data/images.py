@@ -7,7 +7,7 @@ __all__ = ['IMAGE_SUFFIXES', 'FORMATS', 'path_text', 'walk_folder', 'find_images
            'image_kind', 'as_8_bits', 'one_page', 'read_image']
 
 # %% ../../nbs/library/data/05_images.ipynb #cde3a98f
-import contextlib, os, stat, warnings
+import contextlib, io, os, stat, warnings
 from collections import Counter
 from pathlib import Path
 
@@ -89,12 +89,14 @@ def open_image(
     path, # image file
     most:float|None=None, # million pixels; None: the setting max_megapixels
     remedy:str="cut it with 'histodiffusion tile', or ", # for an image that is too large
+    data:bytes|None=None, # content of the file, where it is in another file; None: read it
 ): # Pillow's image, not decoded yet
     "Open an image file of a known format; `HistoDiffusionError` for what is no regular file or too large."
-    check_regular(path)
+    if data is None: check_regular(path)
+    source = path if data is None else io.BytesIO(data)
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is stricter
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as im:
+        with warnings.catch_warnings(action="ignore"), Image.open(source, formats=FORMATS) as im:
             millions, most = im.width*im.height/1e6, most or load_settings().max_megapixels
             if millions <= most: yield im
             else: raise TooLargeError(
@@ -112,10 +114,11 @@ def _is_grey(im):
 
 def image_kind(
     path, # image file
+    data:bytes|None=None, # its content, where it is in another file
 ) -> str: # 'grey', 'colour', 'too large' or 'unreadable'
     "Whether an image is in colour, from its header alone."
     try:
-        with open_image(path) as im: return "grey" if _is_grey(im) else "colour"
+        with open_image(path, data=data) as im: return "grey" if _is_grey(im) else "colour"
     except TooLargeError: return "too large"
     except Exception: return "unreadable"  # decoders raise many kinds of errors on broken images
 
@@ -175,11 +178,12 @@ def one_page(
 # %% ../../nbs/library/data/05_images.ipynb #febb633f
 def read_image(
     path, # image file
+    data:bytes|None=None, # its content, where it is in another file
 ) -> Image.Image: # of mode 'L' or 'RGB'
     "Open and decode one image; the error for one that cannot be read names it."
     remedy = "or pass --skip-corrupt to leave it out."
     try:
-        with open_image(path) as im: return as_8_bits(one_page(im, path), path).copy()
+        with open_image(path, data=data) as im: return as_8_bits(one_page(im, path), path).copy()
     except HistoDiffusionError as e: raise HistoDiffusionError(f"{e}, {remedy}") from e
     except Image.UnidentifiedImageError as e:
         raise HistoDiffusionError(f"{path_text(path)} is corrupt or no {', '.join(FORMATS)} image: repair or remove it,"

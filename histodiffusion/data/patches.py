@@ -27,8 +27,9 @@ from .archives import unpack_archive
 from .catalogue import DatasetInfo, REGISTRY, dataset_info, group_of, sample_archive
 from .h5 import h5_classes, h5_images, h5_kinds, h5_labels, h5_pairs
 from .images import IMAGE_SUFFIXES, find_images, image_kind, open_image, path_text, read_image
-from .layout import TEST, read_layout, unlabelled_layout
+from .layout import TEST, Layout, read_layout, unlabelled_layout
 from .npz import NPZ_SPLITS, npz_classes, npz_images, npz_kinds, npz_labels
+from .parquet import parquet_files, parquet_images, parquet_kinds, parquet_rows
 from .packed import PackedImages, content_key, open_packed, pack_images, read_h5
 from .phantom import LABORATORIES, PHANTOM_CLASSES, phantom_patches
 
@@ -47,7 +48,7 @@ def parse_phantom(
     raise HistoDiffusionError(f"'{spec}' has fewer patches than classes: use {len(PHANTOM_CLASSES)} or more.")
 
 # %% ../../nbs/library/data/09_patches.ipynb #2a62bbf8
-OWN = ("folder", "npz", "h5") # kinds of names that contain a path
+OWN = ("folder", "npz", "h5", "parquet") # kinds of names that contain a path
 
 def is_own(
     spec:str, # name of a set
@@ -58,7 +59,7 @@ def is_own(
 def _own_path(spec): return as_path(spec.partition(":")[2])
 
 def _layout_of(spec):
-    "How a set is stored: 'phantom', 'folder', 'npz' or 'h5'."
+    "How a set is stored: 'phantom', 'folder', 'npz', 'h5' or 'parquet'."
     kind = REGISTRY[spec].layout if spec in REGISTRY else spec.partition(":")[0]
     return "folder" if kind == "folders" else kind
 
@@ -139,7 +140,8 @@ def dataset_folder(
     spec:str, # `folder:PATH`, `npz:PATH` or a name in the catalogue
 ) -> Path: # the folder that contains it
     "The folder of a set: your own, the mirror's, the downloaded one, or a sample that is unpacked now."
-    if spec.startswith(("npz:", "h5:")): return path if (path := _own_path(spec)).is_dir() else path.parent
+    if is_own(spec) and not spec.startswith("folder:"):
+        return path if (path := _own_path(spec)).is_dir() else path.parent
     if spec.startswith("folder:"):
         folder, table, test, _ = folder_parts(spec)
         for path, option in ((folder, "folder:"), (test, "test=")):
@@ -178,6 +180,9 @@ def dataset_layout(
     spec:str, # `folder:PATH`, with or without a table, or a name in the catalogue
 ): # Layout
     "What the folder of a set says of its images."
+    if spec.startswith("parquet:"):
+        rows = parquet_rows(_own_path(spec))
+        return Layout(rows.names, rows.names, rows.labels, rows.splits, rows.groups, rows.grouping)
     of = folder_parts(spec) if spec.startswith("folder:") else FolderName(None)
     found = read_layout(dataset_folder(spec), of.table, of.test)
     if found.groups is None and spec in REGISTRY and REGISTRY[spec].grouping:
@@ -192,8 +197,8 @@ def dataset_layout(
 def in_arrays(
     spec:str, # name of a set
 ) -> bool:
-    "Whether a set is stored in arrays (HDF5 or npz), not image by image."
-    return _layout_of(spec) in ("npz", "h5")
+    "Whether a set is stored in arrays or shards (HDF5, npz or Parquet), not image by image."
+    return _layout_of(spec) in ("npz", "h5", "parquet")
 
 def dataset_channels(
     spec:str, # name of a set
@@ -211,6 +216,7 @@ def dataset_classes(
     if spec.startswith("phantom:"): return PHANTOM_CLASSES
     if _layout_of(spec) == "npz": return _named(spec, npz_classes(npz_file(spec)))
     if spec.startswith("h5:"): return h5_classes(h5_pairs(_own_path(spec)))
+    if spec.startswith("parquet:"): return parquet_rows(_own_path(spec)).classes
     return ("normal", "tumour") if in_arrays(spec) else dataset_layout(spec).classes
 
 def _named(spec, numbers):
@@ -244,6 +250,7 @@ def _files_of(spec):
     if spec.startswith("h5:"):
         h5_kinds(pairs := h5_pairs(_own_path(spec)))
         return {f.name: f for p in pairs for f in (p.x, p.y)}
+    if spec.startswith("parquet:"): return {os.path.relpath(f, folder): f for f in parquet_files(_own_path(spec))}
     if in_arrays(spec): return {p.name: p for p in sorted(folder.glob("*.h5"))}
     table, found = (folder_parts(spec).table if spec.startswith("folder:") else None), {}
     for place, start in ((folder, ""), *((p, TEST) for p in _test_folder(spec))):
@@ -276,6 +283,7 @@ def _facts(spec):
         kind = image_kind(p) if p.suffix.lower() in IMAGE_SUFFIXES else ""
         rows.append((name, kind if kind == "too large" else _content(p)))
         if kind: kinds[kind] += 1
+    if spec.startswith("parquet:"): kinds = Counter(parquet_kinds(_own_path(spec)))
     content = [rows, "tile"] if spec.startswith("folder:") and folder_parts(spec).fit else rows
     facts = dict(files=len(files), listing=listing, fingerprint=hash_object(content)[:16], kinds=dict(kinds))
     write_json(stored, facts)
@@ -307,7 +315,8 @@ def packed_dataset(
     name = f"{spec.split(':')[0]}-{dataset_fingerprint(spec)}-{READING}"
     folder = load_settings().data_home/"packed"/name
     if not (folder/"index.json").is_file():
-        pack = dict(phantom=_pack_phantom, npz=_pack_npz, h5=_pack_hdf5, folder=_pack_files)[_layout_of(spec)]
+        pack = dict(phantom=_pack_phantom, npz=_pack_npz, h5=_pack_hdf5, folder=_pack_files,
+                    parquet=_pack_parquet)[_layout_of(spec)]
         if spec.startswith("h5:"): pack = _pack_pairs
         pack(spec, folder, desc=f"packing {short_name(spec)}")
     packed = open_packed(folder)
@@ -417,6 +426,15 @@ def _pack_npz(spec, folder, **kwargs):
     names = [f"{s}/{i}" for i, s in enumerate(splits)]
     return pack_images(splits, folder, lambda _: next(stream), names, labels, dataset_classes(spec), splits=splits,
                        **kwargs)
+
+# %% ../../nbs/library/data/09_patches.ipynb #47438a78
+def _pack_parquet(spec, folder, **kwargs):
+    "Shards of Parquet files."
+    rows = parquet_rows(path := _own_path(spec))
+    labels, stream = [rows.classes.index(c) if c else -1 for c in rows.labels], parquet_images(path)
+    def read(name): return read_image(name, next(stream))
+    return pack_images(rows.names, folder, read, rows.names, labels, rows.classes, rows.groups, rows.splits,
+                       skip_corrupt=True, **kwargs)
 
 # %% ../../nbs/library/data/09_patches.ipynb #c40e56c7
 @dataclass(repr=False)

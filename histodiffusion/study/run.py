@@ -53,7 +53,7 @@ class Run:
 
 # %% ../../nbs/library/study/04_run.ipynb #e7bcf8ab
 def full_name(
-    dataset:str, # phantom:LABORATORY, folder:PATH, npz:PATH, h5:PATH or a name in the catalogue
+    dataset:str, # phantom:LABORATORY, folder:PATH, npz:PATH, h5:PATH, parquet:PATH or a name in the catalogue
 ) -> str: # the same; paths become absolute
     "A data set's name, checked."
     if dataset.startswith("phantom:"):
