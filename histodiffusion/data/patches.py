@@ -561,8 +561,19 @@ def _given_splits(keys, groups, labels, given):
     if len(found["validation"]): return found
     i = found["train"]
     part = lambda x: None if x is None else [x[j] for j in i]
+    if groups is not None and any(part(groups)) and (two := _of_two_groups(part(keys), part(groups))):
+        return found | {name: i[at] for name, at in two.items()}
     inner = split_patches(part(keys), part(groups), None if labels is None else np.array(labels)[i])
     return found | dict(train=i[np.sort(np.r_[inner["train"], inner["test"]])], validation=i[inner["validation"]])
+
+def _of_two_groups(keys, groups):
+    "Training and validation patches where there are two patients: the one with fewer patches validates."
+    ids, group, n = np.unique([g or k for g, k in zip(groups, keys)], return_inverse=True, return_counts=True)
+    if len(ids) == 1:
+        raise HistoDiffusionError("The patches that are not tested come from one patient or slide, and training and "
+                                  "validation need one each: add slides of other patients.")
+    if len(ids) > 2: return {}
+    return dict(train=np.flatnonzero(group != n.argmin()), validation=np.flatnonzero(group == n.argmin()))
 
 # %% ../../nbs/library/data/09_patches.ipynb #6b8f24fa
 def _refuse_few(groups):
