@@ -11,7 +11,7 @@ import numpy as np
 from ..core import HistoDiffusionError
 from ..data.patches import (
     check_target, dataset_channels, dataset_classes, load_patches, packed_dataset, parse_phantom, short_name)
-from .profiles import PROFILES
+from .profiles import PROFILES, known_class_counts
 from .run import Run, check_names, network_licences, networks_of
 
 # %% ../../nbs/library/study/11_checks.ipynb #249faf97
@@ -56,6 +56,7 @@ def check_run(run:Run) -> list: # warnings, a sentence each
     check_networks(run)
     c, classes = run.settings, dataset_classes(run.target)
     check_names(classes)
+    known_class_counts(c.per_class, classes)
     if c.stain != "none" and run.channels == 1:
         raise HistoDiffusionError(f"'{run.target}' is grey, and grey patches have no stain: leave --stain out.")
     if len(classes) < 2:

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MOST', 'Side', 'Count', 'CountOrZero', 'Positive', 'PositiveOrZero', 'Share', 'ShareAboveZero', 'Time', 'Symmetries',
-           'Scheduler', 'Generator', 'SECTIONS', 'PROFILES', 'DataSettings', 'AutoencoderSettings', 'PriorSettings',
-           'AdaptationSettings', 'SamplingSettings', 'BackboneSettings', 'BaselineSettings', 'AblationSettings',
-           'Expected', 'Profile', 'sized', 'get_profile']
+           'Scheduler', 'Generator', 'MOST_OF_A_CLASS', 'SECTIONS', 'PROFILES', 'DataSettings', 'AutoencoderSettings',
+           'PriorSettings', 'AdaptationSettings', 'SamplingSettings', 'class_counts', 'known_class_counts',
+           'BackboneSettings', 'BaselineSettings', 'AblationSettings', 'Expected', 'Profile', 'sized', 'get_profile']
 
 # %% ../../nbs/library/study/01_profiles.ipynb #db5108d0
-import difflib, math, tomllib
+import difflib, math, re, tomllib
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from typing import Annotated, Literal, get_args
@@ -110,9 +110,41 @@ class SamplingSettings:
     condition_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1. # weight of the description, >= 1; 1: plain
     start_time: Annotated[int, Field(gt=0, le=1000)] = 1000 # t to start at; < 1000: from noised labelled patches
     samples_per_class: Count = 20 # candidates per class, > 0
+    per_class: tuple[str, ...] = () # NAME=N ...: candidates of these classes instead, N from 1 to 100000
     selection_rule: str = "both" # centroid, confidence, both, random, or a rule of your own
     selection_threshold: ShareAboveZero = .5 # lowest posterior of the target class that is kept, > 0, <= 1
     selection_diversity: PositiveOrZero = 0. # least distance of kept patches, in spacings of real ones; 0: none
+
+# %% ../../nbs/library/study/01_profiles.ipynb #9ed145a7
+MOST_OF_A_CLASS = 100_000
+
+def class_counts(
+    texts, # each NAME=N; N follows the last '='
+    setting:str="per_class", # what the texts are, for messages
+) -> dict: # name -> N
+    "Numbers of single classes, as typed."
+    counts = {}
+    for text in texts:
+        name, _, n = text.rpartition("=")
+        if not name or not re.fullmatch("[0-9]{1,6}", n) or not 1 <= int(n) <= MOST_OF_A_CLASS:
+            raise HistoDiffusionError(f"{setting} is {text[:60]!r}: give NAME=N, with a whole number N from 1 to "
+                                      f"{MOST_OF_A_CLASS}.")
+        if name in counts: raise HistoDiffusionError(f"{setting} names the class '{name}' twice: give one number.")
+        counts[name] = int(n)
+    return counts
+
+# %% ../../nbs/library/study/01_profiles.ipynb #ff31441f
+def known_class_counts(
+    texts, # as for `class_counts`
+    classes, # K names
+    setting:str="per_class", # what the texts are, for messages
+) -> dict: # index of a class -> N
+    "Numbers of single classes, by their indices; other names are refused."
+    counts, classes = class_counts(texts, setting), list(classes)
+    if unknown := [name for name in counts if name not in classes]:
+        raise HistoDiffusionError(f"{setting} names the class '{unknown[0]}', and the labelled set has "
+                                  f"{', '.join(classes[:20])}{', ...'*(len(classes) > 20)}: correct the name.")
+    return {classes.index(name): n for name, n in counts.items()}
 
 # %% ../../nbs/library/study/01_profiles.ipynb #1904454b
 @dataclass(frozen=True)
@@ -199,6 +231,7 @@ class Profile(*reversed(SECTIONS)):
         return {k: v for k, v in asdict(self).items() if k not in ("name", "description", "dataset", "expected")}
 
     def __post_init__(self):
+        class_counts(self.per_class)
         for problem in _problems(self): raise ValueError(problem)
 
 # %% ../../nbs/library/study/01_profiles.ipynb #ffa678b6

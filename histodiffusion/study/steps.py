@@ -6,11 +6,11 @@
 __all__ = ['ADAPTATIONS', 'REAL', 'pretraining_data', 'target_data', 'read_pool', 'read_split', 'split_indices', 'patient_groups',
            'read_labelled', 'read_unlabelled', 'split_table', 'autoencoder', 'load_autoencoder', 'diffusion',
            'fit_classifier', 'labelled_latents', 'unlabelled_latents', 'fine_tune', 'adapt', 'class_conditions',
-           'draw_candidates', 'start_latents', 'synthesize', 'Candidates', 'read_synthetic', 'backbone_config',
-           'teacher_configs', 'training_work', 'teacher', 'load_teacher', 'longer', 'augmentation_grid', 'real_only',
-           'load_backbone', 'Selector', 'ratios_of', 'synthetic_counts', 'select', 'copy_test', 'chosen_patches',
-           'train_with_patches', 'Method', 'with_patches', 'network_folder', 'made_from', 'test_posteriors',
-           'measure_methods', 'augment']
+           'draw_candidates', 'start_latents', 'candidate_classes', 'synthesize', 'Candidates', 'read_synthetic',
+           'backbone_config', 'teacher_configs', 'training_work', 'teacher', 'load_teacher', 'longer',
+           'augmentation_grid', 'real_only', 'load_backbone', 'Selector', 'ratios_of', 'synthetic_counts', 'select',
+           'copy_test', 'chosen_patches', 'train_with_patches', 'Method', 'with_patches', 'network_folder', 'made_from',
+           'test_posteriors', 'measure_methods', 'augment']
 
 # %% ../../nbs/library/study/06_steps.ipynb #0411310f
 import functools, shutil
@@ -58,6 +58,7 @@ from ..models.pretrained import PretrainedNetwork, is_pretrained
 from ..models.training import Fit, FitConfig, load_network
 from .artefacts import stage
 from .prior import is_published, prior_model
+from .profiles import known_class_counts
 from .run import Run, check_names, licences_of, network_licences, networks_of
 
 # %% ../../nbs/library/study/06_steps.ipynb #5a4491a4
@@ -392,6 +393,16 @@ def start_latents(
     images = every[i + len(labelled)*rng.integers(8, size=len(i))]
     return encode_patches(vae, images, precision=c.precision), c.start_time
 
+# %% ../../nbs/library/study/06_steps.ipynb #843e049a
+def candidate_classes(
+    settings, # of a run
+    classes, # K names
+) -> np.ndarray: # (N,) target class of each candidate
+    "The classes in turn, each as often as the settings say."
+    counts = np.full(len(classes), settings.samples_per_class)
+    for k, n in known_class_counts(settings.per_class, classes).items(): counts[k] = n
+    return np.concatenate([np.flatnonzero(counts > i) for i in range(counts.max())])
+
 # %% ../../nbs/library/study/06_steps.ipynb #26a3318d
 ADAPTATIONS = ("guidance_only", "finetuned")
 
@@ -401,10 +412,11 @@ def synthesize(run:Run, folder:Path):
     c, images = run.settings, 0
     vae, tuned, classifier = load_pipeline(run.read("adapt")/"model")
     prior = load_pipeline(run.read("diffusion")/"model")[1]
-    every = np.tile(np.arange(classifier.config.n_classes), c.samples_per_class)
+    classes = read_labelled(run).classes
+    every = candidate_classes(c, classes)
     for name, unet in zip(ADAPTATIONS, (prior, tuned) if c.finetune_steps else (prior,)):
         labels, path = every, folder/f"{name}.safetensors"
-        if unet is prior and c.finetune_steps: labels = every[:len(every)//4]  # enough for the comparison
+        if unet is prior and c.finetune_steps: labels = every[:len(classes)*c.samples_per_class//4]  # enough
         images += len(labels)
         if path.exists(): continue  # made by an earlier attempt
         start, seed = start_latents(run, vae, labels), derive_seed("sample", run.seed)
