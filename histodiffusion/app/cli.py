@@ -139,14 +139,37 @@ class Export(RunOptions):
 
     out: str = "synthetic" # a new folder; for several seeds, one below it for each
     all: bool = False # not only the patches that the selection kept
+    keep: tuple[str, ...] = () # NAME=N ...: how many selected patches of these classes, 1 to 100000; --per-class is how many were drawn
+    with_real: bool = False # the real patches too, in train, validation and test
 
     def __call__(self):
-        from histodiffusion.app.share import export_synthetic
+        from histodiffusion.app.share import export_synthetic, export_with_real
 
+        if self.all and (self.keep or self.with_real):
+            raise HistoDiffusionError("--all exports patches that were not selected, without real ones: leave --keep and "
+                                      "--with-real out, or --all.")  # fmt: skip
         run = self.make()
         for seed in run.settings.seeds:
             folder = self.out if len(run.settings.seeds) == 1 else os.path.join(self.out, f"seed-{seed}")
-            print(export_synthetic(run.with_seed(seed), folder, selected=not self.all))
+            if self.with_real:
+                print(export_with_real(run.with_seed(seed), folder, keep=self.keep))
+            else:
+                print(export_synthetic(run.with_seed(seed), folder, selected=not self.all, keep=self.keep))
+        return 0
+
+
+@dataclass(frozen=True)
+class Push:
+    "Upload a classifier, an export or a published prior with its card to the Hugging Face hub, privately."
+
+    folder: Positional[str] # that HistoDiffusion wrote
+    repo: Positional[str] # OWNER/NAME on the hub
+    public: bool = False # visible for everybody
+
+    def __call__(self):
+        from histodiffusion.app.push import push_folder
+
+        print(push_folder(self.folder, self.repo, self.public))
         return 0
 
 
@@ -264,7 +287,8 @@ class Encoders:
 COMMANDS = {  # name -> its class and description
     "reproduce": (Reproduce, Reproduce.__doc__), "data": (Data, Data.__doc__),
     **{name: (StageCommand, text) for name, text in STAGE_COMMANDS.items()},
-    "export": (Export, Export.__doc__), "predict": (Predict, Predict.__doc__), "tile": (Tile, Tile.__doc__),
+    "export": (Export, Export.__doc__), "push": (Push, Push.__doc__), "predict": (Predict, Predict.__doc__),
+    "tile": (Tile, Tile.__doc__),
     "settings": (Settings, Settings.__doc__), "encoders": (Encoders, Encoders.__doc__),
 }  # fmt: skip
 
