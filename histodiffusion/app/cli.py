@@ -139,7 +139,7 @@ class Export(RunOptions):
 
     out: str = "synthetic" # a new folder; for several seeds, one below it for each
     all: bool = False # not only the patches that the selection kept
-    keep: tuple[str, ...] = () # NAME=N ...: how many selected patches of these classes, 1 to 100000; --per-class is how many were drawn
+    keep: tuple[str, ...] = () # NAME=N ...: how many selected patches of these classes, 0 to 100000; --per-class is how many were drawn
     with_real: bool = False # the real patches too, in train, validation and test
 
     def __call__(self):

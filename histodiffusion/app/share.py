@@ -61,7 +61,7 @@ def _selected(run, adaptation, keep):
     chosen = read_json(run.read("select")/"chosen.json")["chosen"]
     kept = set().union(*chosen.get(adaptation, chosen["guidance_only"])["selected"].values())  # at any ratio
     labels, classes = read_synthetic(run, adaptation)["labels"], read_labelled(run).classes
-    for k, n in known_class_counts(keep, classes, "--keep").items():
+    for k, n in known_class_counts(keep, classes, "--keep", least=0).items():
         best = best_of_class(run, k, n, adaptation)
         if len(best) < n: print(f"warning: {_too_few(run, classes[k], len(best), n, int((labels == k).sum()))}")
         kept = {i for i in kept if labels[i] != k} | set(best.tolist())

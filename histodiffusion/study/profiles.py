@@ -121,13 +121,14 @@ MOST_OF_A_CLASS = 100_000
 def class_counts(
     texts, # each NAME=N; N follows the last '='
     setting:str="per_class", # what the texts are, for messages
+    least:int=1, # smallest N
 ) -> dict: # name -> N
     "Numbers of single classes, as typed."
     counts = {}
     for text in texts:
         name, _, n = text.rpartition("=")
-        if not name or not re.fullmatch("[0-9]{1,6}", n) or not 1 <= int(n) <= MOST_OF_A_CLASS:
-            raise HistoDiffusionError(f"{setting} is {text[:60]!r}: give NAME=N, with a whole number N from 1 to "
+        if not name or not re.fullmatch("[0-9]{1,6}", n) or not least <= int(n) <= MOST_OF_A_CLASS:
+            raise HistoDiffusionError(f"{setting} is {text[:60]!r}: give NAME=N, with a whole number N from {least} to "
                                       f"{MOST_OF_A_CLASS}.")
         if name in counts: raise HistoDiffusionError(f"{setting} names the class '{name}' twice: give one number.")
         counts[name] = int(n)
@@ -138,9 +139,10 @@ def known_class_counts(
     texts, # as for `class_counts`
     classes, # K names
     setting:str="per_class", # what the texts are, for messages
+    least:int=1, # smallest N
 ) -> dict: # index of a class -> N
     "Numbers of single classes, by their indices; other names are refused."
-    counts, classes = class_counts(texts, setting), list(classes)
+    counts, classes = class_counts(texts, setting, least), list(classes)
     if unknown := [name for name in counts if name not in classes]:
         raise HistoDiffusionError(f"{setting} names the class '{unknown[0]}', and the labelled set has "
                                   f"{', '.join(classes[:20])}{', ...'*(len(classes) > 20)}: correct the name.")
