@@ -11,7 +11,7 @@ import numpy as np
 from ..core import HistoDiffusionError
 from ..data.patches import (
     check_target, dataset_channels, dataset_classes, load_patches, packed_dataset, parse_phantom, short_name)
-from .profiles import PROFILES, known_class_counts
+from .profiles import PROFILES, class_counts, get_profile, known_class_counts
 from .run import Run, check_names, network_licences, networks_of
 
 # %% ../../nbs/library/study/11_checks.ipynb #249faf97
@@ -48,6 +48,13 @@ def _colour_warnings(run):
     return [f"the prior '{run.settings.prior}' is in grey, so the patches of {short_name(run.target)} lose their "
             "colour; --profile small trains one in colour"]*bool(lost)
 
+# %% ../../nbs/library/study/11_checks.ipynb #e6514316
+def _candidate_warnings(c):
+    "A sentence if some classes get more candidates than the baselines draw."
+    more = [name for name, n in class_counts(c.per_class).items() if n > c.samples_per_class]
+    return [f"more candidates of {', '.join(more)} are drawn than the baselines get: the comparison with them is not "
+            "at equal numbers"]*bool(more)
+
 # %% ../../nbs/library/study/11_checks.ipynb #f8888ab5
 FEW_IMAGES = 400  # labelled patches below which cross-validation is advised
 
@@ -64,7 +71,7 @@ def check_run(run:Run) -> list: # warnings, a sentence each
                                   "arrange the images as class/image, or give a table with --labels.")
     few = len(c.seeds) < 5 and run.profile != "smoke"
     seeds = [f"{len(c.seeds)} seed{'s'*(len(c.seeds) > 1)}: a headline needs 5"]*few
-    if (labelled := _labelled_set(run)) is None: return _colour_warnings(run) + seeds
+    if (labelled := _labelled_set(run)) is None: return _colour_warnings(run) + _candidate_warnings(c) + seeds
     from histodiffusion.data.leakage import target_splits  # slow
     labels, keys, patients, given = labelled
     groups, splits = target_splits(run.target, keys, labels, patients, c.image_size, given, c.folds)
@@ -74,7 +81,8 @@ def check_run(run:Run) -> list: # warnings, a sentence each
     train = (splits[0] if c.folds else splits)["train"]
     few_images = len(labels) < FEW_IMAGES and not c.folds and not (given and any(given))
     small = [f"only {len(labels)} labelled patches: --folds 5 would test each of them once"]*few_images
-    return _colour_warnings(run) + warnings + small + _ablation_warnings(c, np.bincount(labels[train]).min()) + seeds
+    warnings += small + _ablation_warnings(c, np.bincount(labels[train]).min())
+    return _colour_warnings(run) + _candidate_warnings(c) + warnings + seeds
 
 def _ablation_warnings(c, fewest):
     "Label fractions of the ablations that leave the smallest class of the training split empty."
