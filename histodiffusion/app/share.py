@@ -196,7 +196,7 @@ def export_synthetic(
 # %% ../../nbs/library/app/01_share.ipynb #f4505dda
 def _check_real(run):
     "Refuse to pass on real patches whose licence does not allow it; those of an own folder or file are the user's."
-    if may_show(run.target) or run.target.startswith(("folder:", "npz:")): return
+    if run.target not in REGISTRY or may_show(run.target): return
     raise HistoDiffusionError(f"Real patches of '{run.target}' are not passed on, since its licence "
                               f"({REGISTRY[run.target].licence}) is neither CC0 nor CC BY: export without --with-real.")
 
