@@ -12,6 +12,7 @@ import functools
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -40,6 +41,7 @@ from ..models.sampling import SamplingConfig, load_pipeline, synthesize_patches
 from ..models.training import FitConfig
 from .artefacts import stage
 from .prior import is_published, published_prior
+from .profiles import Generator
 from .run import Run
 from .steps import (
     Method, Selector, backbone_config, chosen_patches, copy_test, load_backbone, load_teacher, measure_methods,
@@ -232,13 +234,13 @@ def absent_methods(
 ) -> dict: # method -> why it is not there
     "Why a row of Table 1 is missing."
     rest, found = len(read_unlabelled(run)), dict.fromkeys(_SELECTED, "no candidate passed the selection")
-    found |= {f"{n}_selected": _LEFT_OUT for n in GENERATORS if n not in run.settings.generators}
+    found |= {f"{n}_selected": _LEFT_OUT for n in get_args(Generator) if n not in run.settings.generators}
     no_pool, no_patch = "the published prior comes without its patches", "no patch of the pool passed the selection"
     found["retrieval"] = no_pool if is_published(run.settings, "pretraining_data") else no_patch
     found |= dict.fromkeys(UPPER_BOUNDS, "no unlabelled patch passed the selection" if rest else _NO_MORE)
     return {name: why for name, why in found.items() if name not in measured}
 
-_SELECTED = [f"{n}_selected" for n in GENERATORS]
+_SELECTED = [f"{n}_selected" for n in get_args(Generator)]
 
 # %% ../../nbs/library/study/07_compare.ipynb #16c13d44
 @stage("compare")
