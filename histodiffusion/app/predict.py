@@ -175,6 +175,7 @@ def predict_to_csv(
     partial.with_name(f"{partial.name}.json").unlink()
     return out
 
+# %% ../../nbs/library/app/04_predict.ipynb #fec1507e
 def _write_rows(classifier, parts, partial, done, skip_corrupt):
     "Add the rows that are missing."
     head = done == 0

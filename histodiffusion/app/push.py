@@ -59,6 +59,7 @@ def push_folder(
         failed = _hub_refusal(e, repo)
     raise HistoDiffusionError(failed)
 
+# %% ../../nbs/library/app/05_push.ipynb #792058d2
 def _check_repo(repo):
     "Refuse what cannot name a repository."
     from huggingface_hub.utils import validate_repo_id

@@ -406,6 +406,7 @@ def _pack_hdf5(spec, folder, **kwargs):
             labels += y.tolist()
         return pack_images(items, folder, lambda item: item[0][item[1]], names, labels, dataset_classes(spec), **kwargs)
 
+# %% ../../nbs/library/data/09_patches.ipynb #54775420
 def _pack_pairs(spec, folder, **kwargs):
     "One's own pairs of HDF5 files."
     pairs = h5_pairs(_own_path(spec))
@@ -552,6 +553,7 @@ def split_patches(
         u = _group_numbers(keys, groups, u) if labels is None else _balanced_numbers(keys, groups, labels)
     return {name: np.flatnonzero((u >= a) & (u < b)) for name, (a, b) in SPLITS.items()}
 
+# %% ../../nbs/library/data/09_patches.ipynb #8b881cbf
 def _given_splits(keys, groups, labels, given):
     "The splits of the set itself; without a validation split, a tenth of the training patches."
     given = np.where(given == "", "train", given)
@@ -690,12 +692,16 @@ def check_target(
                  test=count(splits["test"]))
     scarce = {name: [f"{c} {n}" for c, n in zip(classes, k) if n < FEW[name]] for name, k in found.items()}
     lines = [f"few {name} patches ({', '.join(c)}): {_SCARCE[name]}" for name, c in scarce.items() if c]
-    known = [patients[i] for i in splits["test"]] if patients and any(patients) else []
+    return lines + _crossing(splits, patients or []) + _few_patients(splits["test"], patients)
+
+# %% ../../nbs/library/data/09_patches.ipynb #981d0d7c
+def _few_patients(test, patients):
+    "What makes the interval of the gain wide or wrong, a sentence each."
+    known = [patients[i] for i in test] if patients and any(patients) else []
     owners, most = {*known}, max(Counter(known).values(), default=0)
     few = [f"few patients or slides in the test split ({len(owners)}): the interval of the gain will be wide"]
     one = ["one patient or slide has more than half of the test patches: no interval is right there"]
-    lines += _crossing(splits, patients or [])
-    return lines + few*(0 < len(owners) < FEW["groups"]) + one*(2*most > len(splits["test"]))
+    return few*(0 < len(owners) < FEW["groups"]) + one*(2*most > len(test))
 
 _SCARCE = dict(labelled="a generator can hardly learn these classes; use a larger label fraction",
                validation="choices made on them are uncertain", test="their recall can hardly be measured")

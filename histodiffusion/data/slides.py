@@ -208,6 +208,7 @@ def _tissue_shares(mask, corners, side, factor):
     end = np.clip(np.rint((corners + side)/factor).astype(int), start + 1, mask.shape[::-1])
     return np.array([mask[y:bottom, x:right].mean() for (x, y), (right, bottom) in zip(start, end)])
 
+# %% ../../nbs/library/data/16_slides.ipynb #ee9a9710
 def _tissue_tiles(slide, tiling):
     "Corners and shares of all tiles with enough tissue; shape of the overview, and level-0 px per pixel of it."
     (w, h), mpp, size = slide.size, tiling.mpp, tiling.size
@@ -439,6 +440,7 @@ def _is_done(path, out, origin, drawn=None):
                                   "and it is tiled again.")
     return made is not None
 
+# %% ../../nbs/library/data/16_slides.ipynb #8922a314
 def _refuse_renamed(out, files, names):
     "Refuse to tile a slide again under another name, as happens when a slide of the same name is added."
     for record in out.glob("*/slide.json"):
@@ -476,6 +478,26 @@ def _say_left(left):
     if parts: print(f"{len(parts)} further DICOM file(s) belong to slides that are listed, such as {parts[0].name}")
     if beside: print(f"{len(beside)} image(s) beside slides left alone, such as {beside[0].name} (--images tiles them)")
 
+# %% ../../nbs/library/data/16_slides.ipynb #92d7b7bb
+def _tile_all(files, origins, out, tiling, drawn, skip_corrupt, skipped):
+    "Cut every slide that is not done; add those that cannot be cut to `skipped`."
+    for i, (path, origin) in enumerate(zip(files, origins), 1):
+        desc, of = f"{origin['slide']} ({i} of {len(files)})", drawn.get(path)
+        try: _is_done(path, out, origin, of) or _tile_one(path, out, origin, tiling, desc, of)
+        except HistoDiffusionError as e:
+            if not skip_corrupt: raise
+            skipped.append(path)
+            print(f"skipped: {e}")
+
+def _refuse_none(source, tiling, manifest, all_skipped, annotated):
+    "Say why there is no patch at all."
+    if all_skipped: raise HistoDiffusionError(f"None of the slides of {source} can be tiled: see above.")
+    if len(manifest): return
+    blue = ", or give --any-colour if the tissue is blue or green (trichrome, Alcian blue)"*(not tiling.any_colour)
+    cover, coverage = f", and annotations over {tiling.coverage} of it"*annotated, " or --coverage"*annotated
+    raise HistoDiffusionError(f"No tile of {source} has a tissue share of {tiling.tissue} or more{cover}: lower "
+                              f"--tissue{coverage}{blue}.")
+
 # %% ../../nbs/library/data/16_slides.ipynb #ca6e9e10
 def tile_slides(
     source, # a slide, an ordinary image, or a folder of them
@@ -496,21 +518,7 @@ def tile_slides(
     origins = _origins(as_path(source), files, names, tiling)
     _claim(out, asdict(tiling))
     _refuse_renamed(out, files, names)
-    try:
-        for i, (path, origin) in enumerate(zip(files, origins), 1):
-            desc = f"{origin['slide']} ({i} of {len(files)})"
-            of = drawn.get(path)
-            try: _is_done(path, out, origin, of) or _tile_one(path, out, origin, tiling, desc, of)
-            except HistoDiffusionError as e:
-                if not skip_corrupt: raise
-                skipped.append(path)
-                print(f"skipped: {e}")
+    try: _tile_all(files, origins, out, tiling, drawn, skip_corrupt, skipped)
     finally: manifest = _collect(out)  # what was done before an error stays, and is listed
-    if len(skipped) == len(files):
-        raise HistoDiffusionError(f"None of {len(files)} slide(s) of {source} can be tiled: see above.")
-    if manifest.empty:
-        blue = ", or give --any-colour if the tissue is blue or green (trichrome, Alcian blue)"*(not tiling.any_colour)
-        drawn = f", and annotations over {tiling.coverage} of it"*bool(drawn), " or --coverage"*bool(drawn)
-        raise HistoDiffusionError(f"No tile of {source} has a tissue share of {tiling.tissue} or more{drawn[0]}: lower "
-                                  f"--tissue{drawn[1]}{blue}.")
+    _refuse_none(source, tiling, manifest, len(skipped) == len(files), bool(drawn))
     return manifest

@@ -84,6 +84,7 @@ def check_run(run:Run) -> list: # warnings, a sentence each
     warnings += small + _ablation_warnings(c, np.bincount(labels[train]).min())
     return _colour_warnings(run) + _candidate_warnings(c) + warnings + seeds
 
+# %% ../../nbs/library/study/11_checks.ipynb #7e9735a2
 def _ablation_warnings(c, fewest):
     "Label fractions of the ablations that leave the smallest class of the training split empty."
     empty = sorted(f for f in {*c.ablation_labels, *c.ablation_fractions} if f*fewest < .5)

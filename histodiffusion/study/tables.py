@@ -92,6 +92,19 @@ SEED_TABLES = dict(
     selection=("select", "Candidates that passed each rule, and how many were wanted, by class and seed."),
     augmentation=("real_only", "Standard augmentation: what was tried, and chosen on the validation split."))
 
+def _caption(run, known):
+    "What Table 1 says of itself."
+    c = run.settings
+    over = "seeds and test patients or slides" if known else "seeds and test patches, taken as independent"
+    if c.folds: over = "folds, widened because they share training patches"
+    return (f"{f'All {c.folds} folds' if c.folds else 'Test split'} of {markdown_text(short_name(run.target))} at "
+            f"{c.label_fraction:.3g} of the labels, {len(c.seeds)} seeds; gains over `real` and over "
+            f"`standard_augmentation` (gain_std) with 95 % intervals over {over}. "
+            f"Declared beforehand: `histodiffusion_selected` at {c.ratio:.0%} against `real`, whose p-value is not "
+            "corrected; those of the method's other rows are, after Holm. worth_labels: further labels that give "
+            "the same gain.")
+
+# %% ../../nbs/library/study/08_tables.ipynb #f4840d0d
 @stage("table_1")
 def table_1(run:Run, folder:Path):
     "Write Table 1, its figure and rows, the splits, and the tables of augmentation, adaptations and selection."
@@ -99,17 +112,10 @@ def table_1(run:Run, folder:Path):
     write_table(rows, run.results/"table_1_seeds", "Every method and seed, measured on the test split.")
     groups, known = patient_groups(run)
     table = summarise_methods(rows, read_correct(inputs), groups, ("histodiffusion_selected", c.ratio))
-    over = "seeds and test patients or slides" if known else "seeds and test patches, taken as independent"
-    if c.folds: over = "folds, widened because they share training patches"
     save_figure(figures.plot_gain(table), run.figures/"gain")
     write_csv(split_table(run), run.results/"splits.csv")
-    write_table(table, run.results/"table_1",
-                f"{f'All {c.folds} folds' if c.folds else 'Test split'} of {markdown_text(short_name(run.target))} at "
-                f"{c.label_fraction:.3g} of the labels, {len(c.seeds)} seeds; gains over `real` and over "
-                f"`standard_augmentation` (gain_std) with 95 % intervals over {over}. "
-                f"Declared beforehand: `histodiffusion_selected` at {c.ratio:.0%} against `real`, whose p-value is not "
-                "corrected; those of the method's other rows are, after Holm. worth_labels: further labels that give "
-                "the same gain." + "".join(f" {line}" for line in absent_sentences(read_absent(inputs))))
+    write_table(table, run.results/"table_1", _caption(run, known) + "".join(
+        f" {line}" for line in absent_sentences(read_absent(inputs))))
     runs = [r for s, r in inputs if s == "augment"]
     for name, (stage_of, caption) in SEED_TABLES.items():
         files = [(r.seed, r.read(stage_of)/f"{name}.csv") for r in runs]
