@@ -67,6 +67,13 @@ def _selected(run, adaptation, keep):
         kept = {i for i in kept if labels[i] != k} | set(best.tolist())
     return kept
 
+# %% ../../nbs/library/app/01_share.ipynb #d5039760
+def _made_classes(run):
+    "The classes of a run that has synthetic patches, or a sentence that says how to make them."
+    if run.done("synthesize") and run.done("select"): return read_labelled(run).classes
+    raise HistoDiffusionError("This run has no synthetic patches yet: give the options that it was made with, or "
+                              f"make it with '{command_of(run, 'select')}'.")
+
 # %% ../../nbs/library/app/01_share.ipynb #88eed78a
 def synthetic_metadata(
     run:Run, # its stages 'synthesize' and 'select' must be made
@@ -75,10 +82,7 @@ def synthetic_metadata(
 ): # DataFrame with a row per patch
     "Class, selection and origin of every synthetic patch of a run."
     import pandas as pd
-    if not (run.done("synthesize") and run.done("select")):
-        raise HistoDiffusionError("This run has no synthetic patches yet: give the options that it was made with, or "
-                                  f"make it with '{command_of(run, 'select')}'.")
-    s, classes, settings = read_synthetic(run, adaptation), read_labelled(run).classes, run.settings
+    classes, settings, s = _made_classes(run), run.settings, read_synthetic(run, adaptation)
     kept = _selected(run, adaptation, keep)
     weights = run.read("diffusion" if adaptation == "guidance_only" else "adapt")/"model/unet"
     names = [classes[k] for k in s["labels"]]
@@ -175,7 +179,7 @@ def export_synthetic(
     keep=(), # as for `synthetic_metadata`
 ) -> Path:
     "Write the synthetic patches of a run as a folder to share; it appears when it is complete."
-    folder = _new_folder(folder, read_labelled(run).classes)
+    folder = _new_folder(folder, _made_classes(run))
     rows = synthetic_metadata(run, adaptation, keep)
     if selected: rows = rows[rows.selected]
     if not len(rows): raise HistoDiffusionError("The selection kept no patch of this run: export all with --all.")
@@ -235,7 +239,8 @@ def export_with_real(
 ) -> Path:
     "Write real labelled and selected synthetic patches as one data set; the folder appears when it is complete."
     _check_real(run)
-    folder, classes = _new_folder(folder, read_labelled(run).classes), read_labelled(run).classes
+    classes = _made_classes(run)
+    folder = _new_folder(folder, classes)
     rows, images = _joint_patches(run, adaptation, keep)
     some = images[::math.ceil(len(images)/200)]
     size, n = sum(len(_png(x)) for x in some)*len(images)//len(some), int(rows.synthetic.sum())
