@@ -134,7 +134,8 @@ def test_names_in_tables_have_no_folders(own, project):
     (["--encoder", "local-dir:odd"], "has mean [123, 117, 104]: give three numbers, from 0 to 1"),
     (["--backbone", "timm:resnet1"], "timm has no network 'resnet1'"),
     (["--backbone", "hf-hub:MahmoodLab/UNI"], "go online once"),
-    (["--encoder", "hf-hub:1aurent/resnet18.tiatoolbox-kather100k", "--dataset", "nct-crc-he"],
+    (["--encoder", "hf-hub:1aurent/resnet18.tiatoolbox-kather100k", "--dataset", "nct-crc-he",
+      "--profile", "smoke"],
      "was trained with labels of nct-crc"),
 ])  # fmt: skip
 def test_networks_that_cannot_be_used_are_refused_in_a_sentence(own, project, monkeypatch, capsys, settings, said):
