@@ -74,11 +74,12 @@ def test_every_setting_changes_the_stages_that_list_it_and_no_earlier_one(projec
     texts = {"prediction": "v_prediction", "classifier_mode": "clean", "selection_rule": "random", "precision": "bf16",
              "scheduler": "ddpm", "backbone": "resnet18", "stain": "macenko", "perceptual": "lpips",
              "finetune_mode": "lora", "finetune_data": "training", "oracle": "resnet18",
-             "synthetic_targets": "teacher"}  # fmt: skip
+             "synthetic_targets": "teacher", "encoder": "timm:resnet18"}  # fmt: skip
     special = {
         "autoencoder_crop": 16,
         "teacher": ("resnet18",),
         "generators": ("gan",),
+        "per_class": ("TUM=3",),
         "teacher_symmetries": 8,
         "teacher_folds": 3,
         "v_limit": 30.0,
@@ -103,6 +104,8 @@ def test_every_setting_changes_the_stages_that_list_it_and_no_earlier_one(projec
     for name, old in Profile().settings().items():
         if name in ("label_fraction", "prior", "prior_part", "prior_steps"):  # see test_weights.py for priors
             continue
+        if name == "folds":  # changes the seeds too: see the next test
+            continue
         like = {float: lambda v: v / 2, int: lambda v: v + 1, tuple: lambda v: tuple(2 * n for n in v)}
         value = texts.get(name) or special.get(name) or like[type(old)](old)
         expected = [s for s in STAGES if name in stage_settings(s)]
@@ -110,6 +113,14 @@ def test_every_setting_changes_the_stages_that_list_it_and_no_earlier_one(projec
             first = {s for s in STAGES if STAGES[s].seeds == "first"}
             expected = [s for s in STAGES if name in stage_settings(s) or first & set(upstream_of(s))]
         assert changed(overrides={name: value}) == expected, name
+
+
+def test_folds_divide_the_target_anew_and_leave_the_prior_alone(project):
+    seeds = {"seeds": (0, 1, 2)}
+    before, after = (keys(overrides=seeds | more) for more in ({}, {"folds": 3}))
+    expected = [s for s in STAGES if "folds" in stage_settings(s)]
+    assert "target_data" in expected and not {"autoencoder", "diffusion"} & {*expected}
+    assert [s for s in STAGES if before[s] != after[s]] == expected
 
 
 def test_two_targets_share_the_prior(project):
@@ -210,6 +221,7 @@ def read(monkeypatch):
 def uncovered(read):
     "Settings that stages have read and that their keys do not cover."
     everywhere = {"prior", "prior_part", "prior_steps", "seeds", "settings"}  # they say where other stages are
+    everywhere |= {"folds"}  # the check for leakage asks which patches are tested
     extra = {name: names - stage_settings(name) - everywhere for name, names in read.items()}
     return {name: names for name, names in extra.items() if names}
 
