@@ -100,5 +100,5 @@ def h5_kinds(
 ) -> dict: # 'grey' or 'colour' -> number of images
     "How many images have no colour."
     found = Counter()
-    for pair in pairs: found["colour" if _shape(pair)[3:] == (3,) else "grey"] += _shape(pair)[0]
+    for n, *shape in map(_shape, pairs): found["colour" if shape[2:] == [3] else "grey"] += n
     return dict(found)
