@@ -70,10 +70,31 @@ def test_a_slide_needs_a_resolution_and_gets_positions_and_a_map(made, command, 
     assert (table.x % 32 == 0).all() and (tmp_path / "out-slide.png").is_file()
 
 
+def test_slides_that_cannot_be_opened_are_skipped_if_asked(made, command, tmp_path, capsys):
+    home, images = made
+    (tmp_path / "slides").mkdir()
+    (tmp_path / "slides/broken.svs").write_bytes(b"no slide")
+    options = ("--mpp", 0.5, "--tissue", 0)
+    assert command(tmp_path / "slides", *options) == 2
+    assert "broken.svs" in capsys.readouterr().err
+    assert command(tmp_path / "slides", *options, "--skip-corrupt") == 2  # nothing is left
+    assert "No tile of" in capsys.readouterr().err
+    mosaic = np.concatenate([np.concatenate(list(images[:8]), 1)] * 8).repeat(3, 0).repeat(3, 1)
+    with tifffile.TiffWriter(tmp_path / "slides/good.tif") as f:
+        f.write(mosaic, tile=(256, 256), photometric="rgb", metadata=None, resolution=(2e4, 2e4),
+                resolutionunit="CENTIMETER")  # fmt: skip
+    Image.fromarray(images[0]).save(tmp_path / "slides/mask.png")
+    assert command(tmp_path / "slides", *options, "--skip-corrupt") == 0
+    said = capsys.readouterr().out
+    assert "skipped: " in said and "1 file(s) beside slides left alone, such as mask.png" in said
+    assert len(read_table(tmp_path / "out.csv")) == 24 * 24
+
+
 @pytest.mark.parametrize("wrong, found", [
     (dict(source="nowhere"), "There is no"), (dict(source="empty"), "contains no image"),
     (dict(source="patches", model="nowhere"), "contains no classifier"),
-    (dict(source="patches", out="patches"), "exists")])  # fmt: skip
+    (dict(source="patches", out="patches"), "exists"),
+    (dict(source="patches", out="names.json"), "ends with .csv")])  # fmt: skip
 def test_what_cannot_be_named_is_one_sentence(made, command, capsys, wrong, found):
     home, _ = made
     (home / "empty").mkdir(exist_ok=True)

@@ -95,6 +95,8 @@ def list_parts(
     if str(source).startswith("npz:"): return [("", lambda: npz_part(as_path(str(source)[4:])))]
     if not (path := as_path(source)).exists(): raise HistoDiffusionError(f"There is no {path}: check the path.")
     if not (slides := _slides_of(path, as_slides)): return [("", lambda: folder_part(path))]
+    if left := list_slides(path, images=as_slides)[1]:
+        print(f"{len(left)} file(s) beside slides left alone, such as {left[0].name} (--as-slides cuts images too)")
     if tiling is None:
         raise HistoDiffusionError(f"{slides[0].name} is a slide, and the classifier does not know the resolution of "
                                   "its training patches: give --mpp, in μm/px.")
@@ -142,7 +144,7 @@ def _written(partial, about):
     with open(partial, "r+b") as f:
         whole = sum(len(line) for line in f if line.endswith(b"\n"))
         f.truncate(whole)
-    return max(0, _count(partial) - 1)
+    return _count(partial) - 1 if whole else 0  # the head is no patch; a call may be stopped before its first row
 
 def _count(path):
     "Rows of a CSV, the head among them; a file name may hold a line break."
@@ -159,6 +161,7 @@ def predict_to_csv(
 ) -> Path: # `out`
     "Name the class of every patch of a source; memory does not grow with it, and a stopped call goes on."
     if (out := as_path(out)).exists(): raise HistoDiffusionError(f"{out} exists: name a new file, or remove it first.")
+    if out.suffix != ".csv": raise HistoDiffusionError(f"{out} is to be a table: give it a name that ends with .csv.")
     side, mpp = classifier.field
     tiling = check_tiling(dict(mpp=mpp or .5, size=side or classifier.size, mpp_of_file=None) | tiling) if (
         mpp or "mpp" in tiling) else None
@@ -170,6 +173,8 @@ def predict_to_csv(
         parts, about = [("", lambda: part)], about | dict(files=hash_object(part.rows))
     start = time.time()
     _write_rows(classifier, parts, partial, _written(partial, about), skip_corrupt)
+    if not partial.stat().st_size:
+        raise HistoDiffusionError(f"No tile of {source} could be named: check the messages above, or lower --tissue.")
     write_json(out.with_suffix(".json"), about | dict(seconds=round(time.time() - start, 1), **made_with()))
     os.replace(partial, out)
     partial.with_name(f"{partial.name}.json").unlink()
@@ -181,7 +186,11 @@ def _write_rows(classifier, parts, partial, done, skip_corrupt):
     head = done == 0
     with open(partial, "a", encoding="utf-8", newline="") as f:
         for _, make in parts:
-            part = make()
+            try: part = make()
+            except HistoDiffusionError as e:  # a slide that cannot be opened has no rows
+                if not skip_corrupt: raise
+                print(f"skipped: {e}")
+                continue
             for rows, images in _batches(part, min(done, len(part.rows)), skip_corrupt):
                 f.write(csv_text(_table(classifier, rows, images), head))
                 f.flush()
