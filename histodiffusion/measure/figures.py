@@ -315,6 +315,8 @@ def plot_adaptation(
     return fig
 
 # %% ../../nbs/library/measure/04_figures.ipynb #96630e64
+_LEAST_POINTS = 10 # percentage points that a panel shows at least, so that noise does not look like an effect
+
 def _variant_panel(ax, part):
     "Accuracy of each method along one axis."
     numeric, names = pd.api.types.is_number(part.value.iloc[0]), part.value.drop_duplicates()
@@ -326,8 +328,11 @@ def _variant_panel(ax, part):
     real = part[part.method == "real"].groupby("value").accuracy_mean.first().reindex(values)
     low, high = (100*(real + rows[f"gain_ci_{end}"]) for end in ("low", "high"))
     ax.vlines(range(len(values)), low, high, color=ax.lines[-1].get_color(), lw=1.2)
-    text = "{:.0%}" if part.axis.iloc[0].startswith("share") else "{:g}" if numeric else "{}"
-    ax.set_xticks(range(len(values)), [textwrap.fill(text.format(v).replace("_", " "), 12) for v in values])
+    share = part.axis.iloc[0].startswith("share")
+    shown = [f"{100*v:.3g}%" if share else f"{v:g}" if numeric else str(v).replace("_", " ") for v in values]
+    ax.set_xticks(range(len(values)), [textwrap.fill(text, 12) for text in shown])
+    bottom, top = ax.get_ylim()
+    if (more := _LEAST_POINTS - top + bottom) > 0: ax.set_ylim(bottom - more/2, top + more/2)
     ax.set(xlabel=part.axis.iloc[0])
     ax.margins(x=.1)
 
