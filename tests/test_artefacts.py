@@ -1,6 +1,5 @@
 """A whole run in miniature, of a folder whose class names look like something else; and its files, damaged."""
 
-import os
 import shutil
 
 import numpy as np
@@ -35,17 +34,11 @@ def options(home):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(own_places):
     "Options of a run that is made up to its report."
-    home, before = tmp_path_factory.mktemp("run"), dict(os.environ)
-    for kind in ("RESULTS_PATH", "FIGURES_PATH", "DATA_HOME"):
-        os.environ[f"HISTODIFFUSION_{kind}"] = str(home / kind.lower())
-    os.environ["HISTODIFFUSION_PROGRESS"] = "off"
-    chosen = options(home)
+    chosen = options(own_places)
     make_stage(Run(**chosen), "report")
-    yield chosen
-    os.environ.clear()
-    os.environ.update(before)
+    return chosen
 
 
 @pytest.fixture

@@ -37,12 +37,9 @@ TOKEN = "hf_" + "secret" * 4
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(own_places):
     "A run up to its selection, and the words that describe it."
-    home, before = tmp_path_factory.mktemp("share"), dict(os.environ)
-    for kind in ("RESULTS_PATH", "FIGURES_PATH", "DATA_HOME"):
-        os.environ[f"HISTODIFFUSION_{kind}"] = str(home / kind.lower())
-    os.environ["HISTODIFFUSION_PROGRESS"] = "off"
+    home = own_places
     (home / "set").mkdir()
     for i, pixels in enumerate(phantom_patches([i % 3 for i in range(90)], seed=4, size=32)):
         Image.fromarray(pixels).save(home / "set" / f"{i}.png")
@@ -53,9 +50,7 @@ def made(tmp_path_factory):
     words = ["--profile", "smoke", "--dataset", run.target, "--pretrain-sets", "phantom:kyoto:45"]
     for k, v in TINY.items():
         words += [f"--{k.replace('_', '-')}", *map(str, v if isinstance(v, list) else [v])]
-    yield run, words
-    os.environ.clear()
-    os.environ.update(before)
+    return run, words
 
 
 def test_more_candidates_of_one_class(made):
